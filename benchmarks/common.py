@@ -1,0 +1,124 @@
+"What the benchmarks share: CIFAR-10 as JPEG in memory, Wide-ResNet, baseline augmentation, result files"
+import datetime,io,json,os,platform,sys,tarfile
+from pathlib import Path
+import numpy as np, torch
+from PIL import Image
+from fastai.vision.augment import Normalize,RandTransform
+from fastai.vision.core import TensorImage
+from torch import nn
+import torch.nn.functional as F
+from hba_fastai.data import array_dls
+from hba_fastai.ops import cutout
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE/'results'
+SHARED = HERE.parents[1]/'shared'
+CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+
+def cifar(root=SHARED/'data'/'cifar10_jpeg.tar.xz', cache=Path(os.environ.get('HBA_CACHE', Path.home()/'.cache'/'hba-fastai'))):
+    "CIFAR-10 JPEG: {'train': (x (50000,3,32,32) uint8, y), 'test': ...}, decoded once"
+    f = cache/'cifar10_jpeg.pt'
+    if not f.exists():
+        if not root.exists(): sys.exit(f"{root} is missing: this benchmark needs the CIFAR-10 JPEG archive, and was not run")
+        out = {'train': ([],[]), 'test': ([],[])}
+        with tarfile.open(root) as t:
+            for m in t:
+                if not m.name.endswith('.jpg'): continue
+                part,cls,_ = m.name.split('/')[-3:]
+                out[part][0].append(np.array(Image.open(io.BytesIO(t.extractfile(m).read())).convert('RGB')))
+                out[part][1].append(cls)
+        names = sorted(set(out['train'][1]))
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save({k: (torch.tensor(np.stack(x)).permute(0,3,1,2).contiguous(), torch.tensor([names.index(c) for c in y])) for k,(x,y) in out.items()}, f)
+    return torch.load(f, weights_only=True)
+
+def reduced_cifar(seed=0, n_train=4000, n_valid=10_000):
+    "Training, validation and test images: `n_train` and `n_valid` of the 50,000 at random, and the 10,000 test images"
+    d = cifar()
+    (x,y),i = d['train'],torch.randperm(50_000, generator=torch.Generator().manual_seed(seed))
+    a,b = i[:n_train],i[n_train:n_train+n_valid]
+    return (x[a],y[a]),(x[b],y[b]),d['test']
+
+# --- Wide-ResNet (Zagoruyko & Komodakis), pre-activation, 1x1 shortcuts
+
+class Block(nn.Module):
+    def __init__(self, a, b, stride):
+        super().__init__()
+        self.bn1,self.conv1 = nn.BatchNorm2d(a),nn.Conv2d(a,b,3,stride,1,bias=False)
+        self.bn2,self.conv2 = nn.BatchNorm2d(b),nn.Conv2d(b,b,3,1,1,bias=False)
+        self.short = nn.Conv2d(a,b,1,stride,bias=False) if a!=b or stride!=1 else None
+    def forward(self, x):
+        h = F.relu(self.bn1(x))
+        y = self.conv2(F.relu(self.bn2(self.conv1(h))))
+        return y + (x if self.short is None else self.short(h))
+
+def wrn(depth=16, width=1, c=10):
+    n,ws = (depth-4)//6,[16,16*width,32*width,64*width]
+    blocks = [Block(ws[i] if j==0 else ws[i+1], ws[i+1], (1,2,2)[i] if j==0 else 1) for i in range(3) for j in range(n)]
+    m = nn.Sequential(nn.Conv2d(3,16,3,1,1,bias=False), *blocks, nn.BatchNorm2d(ws[3]), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ws[3],c))
+    for l in m.modules():
+        if isinstance(l, nn.Conv2d): nn.init.kaiming_normal_(l.weight, mode='fan_out', nonlinearity='relu')
+        if isinstance(l, nn.Linear): nn.init.zeros_(l.bias)
+    return m
+
+# --- the baseline augmentation of the paper: policy, then flip and crop, Normalize, then Cutout of half the image
+
+class FlipCrop(RandTransform):
+    "Each image flipped with probability ½ and shifted by up to 4 pixels, zeros (the mean) outside; after Normalize"
+    order,split_idx = 100,0
+    def encodes(self, x:TensorImage):
+        v,n = x.as_subclass(torch.Tensor),len(x)
+        h,w = v.shape[2:]
+        dy,dx = torch.randint(0, 9, (2,n,1,1), device=v.device)
+        ix = torch.arange(w, device=v.device).expand(n,h,w)
+        ix = torch.where(torch.rand(n,1,1, device=v.device)<0.5, w-1-ix, ix) + dx
+        iy = torch.arange(h, device=v.device)[:,None].expand(n,h,w) + dy
+        i = (iy*(w+8)+ix).flatten(1)[:,None].expand(-1,v.shape[1],-1)
+        return F.pad(v, (4,4,4,4)).flatten(2).gather(2, i).view_as(v)
+
+class CutoutTfm(RandTransform):
+    "A square of half the image at a uniform centre becomes 0 (the mean); last"
+    order,split_idx = 101,0
+    def __init__(self, size=0.5): super().__init__(p=1.); self.size = size
+    def encodes(self, x:TensorImage):
+        v = x.as_subclass(torch.Tensor)
+        return cutout(v, torch.full((len(v),), self.size, device=v.device), torch.rand(len(v),2, device=v.device), torch.zeros(v.shape[1], device=v.device))
+
+MEAN,STD = (0.4914,0.4822,0.4465),(0.2470,0.2435,0.2616)
+
+def cifar_dls(sets, bs=128, cutout=True, extra=(), device=None):
+    "`DataLoaders` with flip, crop, Normalize and Cutout; `sets` are the training, validation and test images"
+    tfms = [Normalize.from_stats(MEAN, STD), FlipCrop(), *([CutoutTfm()] if cutout else []), *extra]
+    return array_dls(*sets, vocab=CLASSES, bs=bs, batch_tfms=tfms, device=device)
+
+# --- results
+
+def quiet(row): pass
+
+def error_on(learn, dl):
+    "Error in percent of the model on `dl`"
+    model,wrong,n = learn.model.eval(),0,0
+    with torch.no_grad():
+        for xb,yb in dl:
+            wrong += (model(xb.as_subclass(torch.Tensor)).argmax(1)!=yb.as_subclass(torch.Tensor)).sum().item(); n += len(yb)
+    return 100*wrong/n
+
+def environment():
+    "Command, versions, machine and date, for a result file"
+    import fastai,torchvision,hba_fastai
+    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if 'model name' in l), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
+    return dict(command=' '.join(['python',*sys.argv]), date=datetime.date.today().isoformat(), python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
+                torchvision=torchvision.__version__, hba_fastai=hba_fastai.__version__, machine=f'{cpu}, {os.cpu_count()} cores', threads=torch.get_num_threads(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+
+def save_json(path, d):
+    "Write atomically, so that a run that is cut off leaves the old file or the new one"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_suffix('.tmp')
+    tmp.write_text(json.dumps(d, indent=1))
+    os.replace(tmp, path)
+
+def mean_se(v):
+    "Mean and standard error"
+    v = np.array(v, dtype=float)
+    return v.mean(), v.std(ddof=1)/len(v)**0.5 if len(v)>1 else float('nan')

@@ -1,0 +1,23 @@
+import pytest, torch
+from fastai.callback.all import ProgressCallback
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.torch_core import set_seed
+from hba_fastai.data import digits_dls
+from torch import nn
+
+torch.set_num_threads(2)
+
+def small_net(c=3, n=10):
+    return nn.Sequential(nn.Conv2d(c,8,3,2,1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,2,1), nn.BatchNorm2d(16), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,n))
+
+def quiet(row): pass
+
+def small_learner(seed=0, dls=None, model=None, n_train=200, n_valid=100, **kwargs):
+    "A Learner that trains an epoch on digits in a fraction of a second"
+    set_seed(seed)
+    dls = dls or digits_dls(n_train, n_valid, bs=20, size=12)
+    learn = Learner(dls, model or small_net(), metrics=accuracy, **kwargs)
+    learn.logger = quiet
+    return learn.remove_cb(ProgressCallback)

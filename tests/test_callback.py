@@ -1,0 +1,260 @@
+"The search within a fit: order of the algorithm, what a hyper-step may touch, determinism, undo, and refusals"
+import copy,json,subprocess,sys
+import pytest, torch
+from fastai.callback.core import Callback,CancelFitException
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner,load_learner
+from fastai.optimizer import OptimWrapper,SGD
+from fastai.vision.augment import Normalize,aug_transforms
+from torch import nn
+from conftest import small_learner,small_net
+from hba_fastai.callback import HBACallback,PolicyTransform,ScheduleCallback
+from hba_fastai.data import array_dls,digits,digits_dls
+from hba_fastai.hyper import select
+from hba_fastai.policy import PBAPolicy
+from hba_fastai.schedule import Schedule,ScheduleError
+from hba_fastai.space import Space
+
+class Log(HBACallback):
+    "Notes weight steps (w) and hyper-steps (h)"
+    name = 'hba'
+    def __init__(self, *a, **k): super().__init__(*a, **k); self.log = ''
+    def after_step(self): super().after_step(); self.log += 'w'
+    def hyper_step(self): self.log += 'h'; super().hyper_step()
+
+@pytest.mark.parametrize('t,v', [(2,1),(3,2),(1,1),(4,3)])
+def test_order_is_algorithm_1(t, v):
+    learn,hba = small_learner(n_train=240),Log(T_train=t, T_val=v)
+    learn.fit(2, cbs=hba)
+    steps = ['w'+('h'*v if (i+1)%t==0 else '') for i in range(24)]
+    assert hba.log==''.join(steps)
+
+class Watch(HBACallback):
+    "Compares everything before and after each hyper-step"
+    name = 'hba'
+    def state(self):
+        l,m = self.learn,self.learn.model
+        s = {f'model.{k}':v for k,v in m.state_dict().items()}
+        s |= {f'grad.{i}':p.grad for i,p in enumerate(m.parameters())} | {f'phi.{i}':p for i,(p,_) in enumerate(self.hnet.params)}
+        s |= {f'phigrad.{i}':p.grad for i,(p,_) in enumerate(self.hnet.params)}
+        s |= {f'opt.{i}.{k}':v for i,(_,_,st,_) in enumerate(l.opt.all_params()) for k,v in st.items()}
+        s |= {k:v for k,v in vars(l).items() if k not in ('hba','model','opt','dls')} | {'training': [o.training for o in m.modules()]}
+        return {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k,v in s.items()}
+    def hyper_step(self):
+        a,lam,ref = self.state(),self.lam.clone(),self.ref.clone()
+        super().hyper_step()
+        if self.centred: self.hnet.fold(ref-self.ref) # take the fold back
+        b = self.state()
+        if self.centred: self.hnet.fold(self.ref-ref)
+        own = {f'model.{n}.{k}' for n,k in (('1','weight'),('1','bias'))} if self.centred else set()
+        for k in a:
+            same = torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] is b[k] or a[k]==b[k]
+            assert same or k in own and torch.allclose(a[k], b[k], atol=1e-6), f'a hyper-step changed {k}'
+        assert a.keys()==b.keys() and not torch.equal(lam, self.lam)
+        self.seen = True
+
+@pytest.mark.parametrize('kw', [dict(), dict(condition='dose'), dict(centred=False)])
+def test_a_hyper_step_changes_lambda_alone(kw):
+    learn,hba = small_learner(),Watch(**kw)
+    learn.fit(2, cbs=hba)
+    assert hba.seen
+
+def lam_of(seed, **kw):
+    learn,hba = small_learner(),HBACallback(seed=seed, **kw)
+    learn.fit_one_cycle(2, 1e-2, cbs=hba)
+    return hba.schedule.table,learn.model.state_dict()
+
+@pytest.mark.parametrize('kw', [dict(), dict(condition='dose')])
+def test_same_seed_same_schedule(kw):
+    (a,ma),(b,mb),(c,_) = lam_of(1,**kw),lam_of(1,**kw),lam_of(2,**kw)
+    assert torch.equal(a,b) and all(torch.equal(ma[k],mb[k]) for k in ma) and not torch.equal(a,c)
+    assert (a[0]-Space().values(Space().start().double())).abs().max()<1e-5 and not torch.equal(a[0],a[-1])
+
+def plain(learn):
+    "What must be as it was"
+    return dict(keys=list(learn.model.state_dict()), types=[type(m) for m in learn.model.modules()], vars=[sorted(vars(m)) for m in learn.model.modules()],
+                groups=[len(g) for g in learn.opt.param_lists] if learn.opt else None, metrics=list(learn.metrics), cbs=list(learn.cbs), attrs=sorted(vars(learn)),
+                tfms=[list(dl.after_batch.fs) for dl in learn.dls.loaders], ids=[id(p) for g in learn.opt.param_lists for p in g] if learn.opt else None,
+                state=len(learn.opt.state) if learn.opt else None, opt=sorted(vars(learn.opt)) if learn.opt else None)
+
+class Boom(Callback):
+    order = 40
+    def __init__(self, event, what): self.event,self.what = event,what
+    def __call__(self, event):
+        if event==self.event and self.learn.train_iter>=13: raise self.what
+
+@pytest.mark.parametrize('end', [None,KeyboardInterrupt(),RuntimeError('foreign'),CancelFitException()])
+@pytest.mark.parametrize('event', ['after_pred','after_step','before_validate','after_batch'])
+@pytest.mark.parametrize('cb', [HBACallback, lambda: HBACallback(centred=False, strategy='conv+bn'), lambda: ScheduleCallback(Schedule([0.], Space().values(Space().start())[None]))])
+def test_the_learner_is_left_plain(cb, event, end):
+    if end is None and event!='after_pred': return
+    learn = small_learner()
+    learn.fit(1)
+    before,cb = plain(learn),cb()
+    x = torch.rand(4,3,12,12)
+    try: learn.fit(3, cbs=[cb, *([Boom(event, end)] if end else [])])
+    except (KeyboardInterrupt,RuntimeError) as e: assert end is not None
+    after = plain(learn)
+    assert before=={**after, 'attrs': before['attrs']} and set(after['attrs'])-set(before['attrs'])<={'smooth_loss','final_record','loss_grad'}
+    if isinstance(cb, HBACallback):
+        assert cb.schedule is learn.hba_schedule and len(cb.schedule) >= (4 if end is None else 2)
+        twin = small_net(); twin.load_state_dict(learn.model.state_dict())
+        assert torch.equal(twin.eval()(x), learn.model.eval()(x))
+    learn.fit(1)
+    learn.validate()
+
+def test_uncentred_layers_hold_the_plain_network_after_training():
+    "Between training phases the literal form is folded: validation and files see θ̂(λ)"
+    seen = {}
+    class See(Callback):
+        order = 30
+        def before_validate(self):
+            hba,l = self.learn.hba,self.learn.hba.hnet.layers[0]
+            if 'w' not in seen: seen['w'],seen['resp'] = l.layer.weight.detach().clone(),(l.V['weight']@hba.ref*l.U['weight']).detach().clone()
+        def before_batch(self):
+            if self.training and 'w' in seen and 'phi0' not in seen: seen['phi0'] = self.learn.hba.hnet.layers[0].layer.weight.detach().clone()
+    small_learner().fit(2, cbs=[HBACallback(centred=False), See()])
+    assert torch.allclose(seen['phi0'], seen['w']-seen['resp'], atol=1e-6) and seen['resp'].abs().max()>1e-4
+
+@pytest.mark.parametrize('opt_func', [SGD, lambda p,lr: OptimWrapper(p, torch.optim.SGD, lr=lr)])
+def test_optimizer_groups_and_saved_state(opt_func):
+    "φ learn at the rate of their layer's group; files written in mid-search are those of the plain Learner"
+    split = lambda m: [list(m[:4].parameters()),list(m[4:].parameters())]
+    learn = small_learner(opt_func=opt_func, splitter=split)
+    class Mid(Callback):
+        def after_batch(self):
+            if self.training and self.learn.train_iter==9:
+                hba,opt = self.learn.hba,self.learn.opt
+                assert [len(g) for g in opt.param_lists]==[6+4,4]
+                assert all(any(p is q for q in opt.param_lists[0]) for p,_ in hba.hnet.params)
+                assert all(v.abs().max()>0 for k,v in hba.hnet.layers[0].V.items())
+                self.learn.save('mid', with_opt=True)
+                assert [len(g) for g in opt.param_lists]==[10,4]
+    learn.fit(1, lr=slice(1e-3,1e-2), cbs=[HBACallback(), Mid()])
+    fresh = small_learner(opt_func=opt_func, splitter=split)
+    fresh.load('mid', with_opt=True)
+    fresh.fit(1)
+
+def test_columns():
+    rows = []
+    learn = small_learner()
+    learn.logger = lambda r: rows.append(list(r))
+    learn.fit(2, cbs=HBACallback())
+    assert learn.recorder.metric_names[3:-1]==['accuracy','hyper_loss','mean_p','mean_mag'] and all(len(r)==len(learn.recorder.metric_names) for r in rows)
+    hyper,p,mag = rows[-1][4:7]
+    assert 0<hyper<10 and 0<p<1 and 0<mag<1 and len(learn.metrics)==1
+
+def test_policy_acts_between_scaling_and_normalisation_on_training_batches_only():
+    x,y = digits(12)
+    norm = Normalize.from_stats([0.3]*3, [0.2]*3)
+    dls = array_dls((x[:200],y[:200]), (x[200:300],y[200:300]), vocab=range(10), bs=20, batch_tfms=[*aug_transforms(do_flip=False), norm])
+    learn,seen = small_learner(dls=dls),{}
+    class See(Callback):
+        order = 60
+        def before_batch(self):
+            seen.setdefault(self.training, [t.order for t in self.dl.after_batch.fs if not isinstance(t, type(None))])
+            if self.training: seen['fill'] = self.learn.hba.policy.fill
+    learn.fit(1, cbs=[HBACallback(), See()])
+    assert seen[True]==[10,20,30,40,99] and seen[False]==[10,30,40,99] and torch.allclose(seen['fill'], torch.full((3,), 0.3))
+
+def test_object_goes_on_over_two_fits():
+    learn,hba = small_learner(),HBACallback()
+    learn.fit(1, cbs=hba)
+    lam,v = hba.lam.clone(),hba.hnet.layers[0].V['weight'].detach().clone()
+    seen = {}
+    class See(Callback):
+        order = 30
+        def before_train(self): seen.setdefault('lam', self.learn.hba.lam.clone()); seen.setdefault('v', self.learn.hba.hnet.layers[0].V['weight'].detach().clone())
+    learn.fit(3, cbs=[hba, See()])
+    assert torch.equal(seen['lam'], lam) and torch.equal(seen['v'], v)
+    assert hba.schedule.progress.tolist()==[0,0.25,0.5,0.75,1] and hba.schedule.provenance['epochs']==4
+
+@pytest.mark.parametrize('n', [1,5])
+def test_replay_is_stretched(n):
+    lam,seen = torch.stack([torch.full((54,), v) for v in (-5.,5.)]),[]
+    class See(Callback):
+        order = 40
+        def before_batch(self):
+            if self.training: seen.append((self.learn.schedule.tfm.lam_i.mean().item(), self.learn.pct_train))
+    learn = small_learner()
+    learn.fit(n, cbs=[ScheduleCallback(Schedule([0,1], Space().values(lam)), sigma=0.), See()])
+    want = Schedule([0,1], Space().values(lam))
+    for (l,pct),i in zip(seen, range(10*n)):
+        assert abs(pct-i/(10*n))<1e-6 and abs(l-want.lam(i/(10*n)).mean())<1e-2
+
+def test_export_without_hba_fastai(tmp_path):
+    from fastai.vision.all import ImageDataLoaders
+    x,y = digits(16)
+    from PIL import Image
+    for i in range(60):
+        d = tmp_path/'im'/str(y[i].item()%2); d.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[i].permute(1,2,0).numpy()).save(d/f'{i}.png')
+    dls = ImageDataLoaders.from_folder(tmp_path/'im', valid_pct=0.3, seed=1, bs=8, num_workers=0)
+    learn = small_learner(dls=dls, model=small_net(n=2))
+    learn.fit(1, cbs=HBACallback())
+    assert len(learn.hba_schedule)==2
+    code = f"""import sys,warnings; warnings.simplefilter('ignore')
+sys.modules['hba_fastai'] = None # importing it fails
+from fastai.vision.all import load_learner
+l = load_learner({str(tmp_path/'e.pkl')!r})
+print(len(l.predict({str(next((tmp_path/'im').rglob('*.png')))!r})[2]))"""
+    learn.logger = print # a function of this test module would need it too
+    learn.export(tmp_path/'e.pkl')
+    r = subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, cwd=tmp_path)
+    assert r.stdout.strip().endswith('2'), r.stderr[-2000:]
+
+# --- refusals: one sentence, and the Learner usable afterwards
+
+def torch_dls():
+    ds = torch.utils.data.TensorDataset(torch.rand(40,3,12,12), torch.randint(0,10,(40,)))
+    return DataLoaders(*[torch.utils.data.DataLoader(ds, batch_size=20) for _ in range(2)])
+
+def tensor_dls():
+    from fastai.data.core import TfmdDL
+    ds = [(torch.rand(3,12,12), torch.tensor(i%10)) for i in range(40)]
+    return DataLoaders(*[TfmdDL(ds, bs=20, num_workers=0) for _ in range(2)])
+
+def no_valid(): return DataLoaders(digits_dls(200, 100, bs=20, size=12).train, device='cpu')
+def empty_valid():
+    x,y = digits(12)
+    return array_dls((x[:200],y[:200]), (x[:0],y[:0]), vocab=range(10), bs=20)
+
+def normalised_early():
+    norm = Normalize.from_stats([0.3]*3, [0.2]*3); norm.order = 15
+    x,y = digits(12)
+    return array_dls((x[:200],y[:200]), (x[:100],y[:100]), vocab=range(10), bs=20, batch_tfms=[norm])
+
+@pytest.mark.parametrize('dls,error,match', [(torch_dls,TypeError,'batch transform and DataLoader has none'), (tensor_dls,TypeError,'needs images'), (no_valid,ValueError,'need a validation set'),
+                                             (empty_valid,ValueError,'need a validation set'), (normalised_early,ValueError,r'float images in \[0,1\]')])
+def test_data_that_do_not_fit(dls, error, match):
+    from fastai.losses import CrossEntropyLossFlat
+    learn = small_learner(dls=dls(), loss_func=CrossEntropyLossFlat())
+    before = [len(list(p)) for p in [learn.model.parameters()]],list(learn.cbs)
+    with pytest.raises(error, match=match): learn.fit(1, cbs=HBACallback())
+    assert before==([len(list(learn.model.parameters()))],list(learn.cbs)) and all('forward' not in vars(m) for m in learn.model.modules())
+    if 'valid' not in match: learn.fit(1)
+
+def test_a_model_without_batch_norm():
+    model = nn.Sequential(nn.Conv2d(3,8,3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))
+    learn = small_learner(model=model)
+    with pytest.raises(ValueError, match="'first_bn' matches no layer of Sequential, whose layers are: 1 Conv2d, 1 Linear"): learn.fit(1, cbs=HBACallback())
+    learn.fit(1, cbs=HBACallback('first_conv'))
+
+@pytest.mark.parametrize('kw', [dict(T_train=0), dict(T_val=0), dict(T_train=1.5), dict(sigma=-1), dict(sigma=float('nan')), dict(hlr=0), dict(condition='x'), dict(start=0),
+                                dict(start=1.2), dict(start={'Invert_0.p': 1.01}), dict(start={'Invert_0.p': -0.1}), dict(start={'Inwert_0.p': 0.1}), dict(start={'Rotate_0.m': 31})])
+def test_arguments_that_do_not_fit(kw):
+    with pytest.raises(ValueError): HBACallback(**kw)
+
+def test_a_grey_and_a_five_channel_search():
+    for c in (1,5):
+        x,y = digits(12)
+        x = x[:,:1].repeat(1,c,1,1)
+        dls = array_dls((x[:200],y[:200]), (x[200:300],y[200:300]), vocab=range(10), bs=20)
+        learn,hba = small_learner(dls=dls, model=small_net(c)),HBACallback()
+        with pytest.warns(UserWarning, match='Color needs RGB') as w: learn.fit(2, cbs=hba)
+        assert len([o for o in w if 'Color' in str(o.message)])==1
+        d = hba.schedule.frame()
+        assert all(d[f'Color_{i}.{k}'].nunique()==1 for i in (0,1) for k in 'pm') and d['Invert_0.p'].nunique()==3
+
+def test_hba_schedule_of_a_learner_without_one():
+    with pytest.raises(ValueError, match='has no schedule'): small_learner().hba_schedule

@@ -1,0 +1,102 @@
+"The 15 operations against Pillow, and the kernels' two ways (samples picked out, or all computed and chosen) against each other"
+import numpy as np, pytest, torch
+from PIL import Image,ImageDraw,ImageEnhance,ImageOps
+from hba_fastai.ops import OPS,OP_NAMES,AFFINE,apply_ops,from_levels,to_levels
+from hba_fastai.policy import PBAPolicy
+from hba_fastai.space import ENHANCERS,GEOMETRIC,TABLE7,Space
+
+FILL = (125,122,113)
+
+def pil_affine(im, coef): return im.transform(im.size, Image.AFFINE, coef, Image.NEAREST, fillcolor=FILL)
+
+def pil_cutout(im, m, cx, cy):
+    "Pillow's rectangle over the pixels whose centres lie strictly inside the square"
+    (w,h),half = im.size,np.float32(m)*min(im.size)/2
+    xs,ys = ([i for i in range(n) if abs(np.float32(i+0.5)-np.float32(c)*n)<half] for n,c in ((w,cx),(h,cy)))
+    if xs and ys: ImageDraw.Draw(im).rectangle([xs[0],ys[0],xs[-1],ys[-1]], fill=FILL)
+    return im
+
+PIL = {'ShearX': lambda im,m: pil_affine(im, (1,m,0,0,1,0)),               'ShearY': lambda im,m: pil_affine(im, (1,0,0,m,1,0)),
+       'TranslateX': lambda im,m: pil_affine(im, (1,0,m*im.size[0],0,1,0)), 'TranslateY': lambda im,m: pil_affine(im, (1,0,0,0,1,m*im.size[1])),
+       'Rotate': lambda im,m: im.rotate(m, Image.NEAREST, fillcolor=FILL),
+       'AutoContrast': lambda im,m: ImageOps.autocontrast(im), 'Invert': lambda im,m: ImageOps.invert(im), 'Equalize': lambda im,m: ImageOps.equalize(im),
+       'Solarize': lambda im,m: ImageOps.solarize(im, 256-m),  'Posterize': lambda im,m: ImageOps.posterize(im, max(1, 8-round(m))),
+       **{o: (lambda o: lambda im,m: getattr(ImageEnhance,o)(im).enhance(m))(o) for o in ENHANCERS}}
+EXACT = GEOMETRIC + 'Equalize Invert Solarize Posterize Brightness Cutout'.split()
+
+def images(n, h, w, seed):
+    "Half noise, half smooth pictures with few levels, as uint8"
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, (n//2,h,w,3))
+    y,x = np.mgrid[:h,:w]
+    smooth = [np.stack([a*x/w + b*y/h + c for a,b,c in rng.uniform(0, 85, (3,3))], -1).round() for _ in range(n-n//2)]
+    return np.concatenate([noise,smooth]).astype(np.uint8)
+
+def magnitudes(name, n, seed):
+    lo,hi = TABLE7[name] or (0,0)
+    m = np.random.default_rng(seed).uniform(lo, hi, n).astype(np.float32)
+    m[0],m[-1] = lo,hi
+    return torch.tensor(m*np.where(np.arange(n)%2, -1, 1) if name in GEOMETRIC else m, dtype=torch.float32)
+
+@pytest.mark.parametrize('size', [(32,32),(61,47)])
+@pytest.mark.parametrize('name', OP_NAMES)
+def test_equals_pillow(name, size, n=60):
+    v,m,centre = images(n, *size, seed=1),magnitudes(name, n, seed=2),torch.rand(n, 2, generator=torch.Generator().manual_seed(3))
+    x = torch.tensor(v).permute(0,3,1,2)/255
+    ours = (OPS[name](x, m, centre=centre, fill=[o/255 for o in FILL])*255).round().permute(0,2,3,1).numpy().astype(int)
+    pil = (lambda im,m,c: pil_cutout(im, m, *c)) if name=='Cutout' else (lambda im,m,_: PIL[name](im, m))
+    theirs = np.stack([np.array(pil(Image.fromarray(v[i]), m[i].item(), centre[i].numpy())) for i in range(n)]).astype(int)
+    off = abs(ours-theirs)
+    assert off.max() <= (0 if name in EXACT else 1), f'{name}: off by {off.max()} levels in {(off>0).mean():.2%} of the values'
+    if TABLE7[name] and name!='Cutout': assert (ours!=v).any()
+
+@pytest.mark.parametrize('name', ['Rotate','ShearX','TranslateY'])
+def test_bilinear_equals_pillow_within_a_level(name, n=20):
+    v = images(n, 61, 47, seed=1)
+    m = magnitudes(name, n, seed=2)
+    x = torch.tensor(v).permute(0,3,1,2)/255
+    ours = (OPS[name](x, m, fill=[o/255 for o in FILL], bilinear=True)*255).round().permute(0,2,3,1).numpy().astype(int)
+    for i in range(n):
+        im,k = Image.fromarray(v[i]),m[i].item()
+        coef = {'ShearX': (1,k,0,0,1,0), 'TranslateY': (1,0,0,0,1,k*61)}
+        pil = im.rotate(k, Image.BILINEAR, fillcolor=FILL) if name=='Rotate' else im.transform(im.size, Image.AFFINE, coef[name], Image.BILINEAR, fillcolor=FILL)
+        assert abs(ours[i]-np.array(pil).astype(int)).max()<=1
+
+@pytest.mark.parametrize('c', [1,3,4,7])
+def test_dense_equals_picked(c, n=256):
+    "What an accelerator computes (everything, then `where`) equals what a CPU computes (only the samples that need it)"
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(n, c, 17, 23, generator=g)
+    policy = PBAPolicy(fill=0.3, skip=[] if c==3 else ['Color'])
+    d = policy.draw(torch.randn(n, 54, generator=g)*2, g)
+    assert set(d.op.unique().tolist())-{-1} == {i for i,o in enumerate(OP_NAMES) if c==3 or o!='Color'}
+    assert torch.equal(policy.apply(x, d, dense=True), policy.apply(x, d, dense=False))
+
+def test_apply_ops_is_per_sample(n=300):
+    "Each sample of a mixed batch gets what it would get alone"
+    g = torch.Generator().manual_seed(0)
+    v,op = to_levels(torch.rand(n, 3, 12, 12, generator=g)),torch.randint(-1, 15, (n,), generator=g)
+    m,centre = torch.rand(n, generator=g)*0.3,torch.rand(n, 2, generator=g)
+    got = apply_ops(v.clone(), op, m, centre, torch.tensor(FILL))
+    for i in range(n):
+        assert torch.equal(got[i:i+1], apply_ops(v[i:i+1].clone(), op[i:i+1], m[i:i+1], centre[i:i+1], torch.tensor(FILL)))
+
+def test_one_level_images_and_tiny_images():
+    for size in ((1,1),(2,2),(2,9),(3,3)):
+        for level in (0,7,255):
+            x = torch.full((2,3,*size), level/255)
+            for name in ('AutoContrast','Equalize'): assert torch.equal(OPS[name](x, torch.zeros(2)), x)
+            for name,f in OPS.items(): assert f(x, torch.full((2,), 0.2), centre=torch.rand(2,2)).shape==x.shape
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_is_kept(dtype):
+    x = torch.rand(8,3,9,9).to(dtype)
+    y = PBAPolicy()(x, torch.zeros(8,54))
+    assert y.dtype==dtype and y.min()>=0 and y.max()<=1
+
+def test_errors():
+    x = torch.rand(2,3,8,8)
+    with pytest.raises(TypeError, match='float images'): OPS['Invert']((x*255).byte(), torch.zeros(2))
+    with pytest.raises(ValueError, match='2 images and 3 magnitudes'): OPS['Rotate'](x, torch.zeros(3))
+    with pytest.raises(ValueError, match='Color needs RGB'): OPS['Color'](x[:,:1], torch.zeros(2))
+    with pytest.raises(ValueError, match='Cutout needs `centre`'): OPS['Cutout'](x, torch.zeros(2))
