@@ -6,7 +6,7 @@ from fastai.torch_core import set_seed
 from hba_fastai.data import digits_dls
 from torch import nn
 
-torch.set_num_threads(2)
+torch.set_num_threads(1) # small networks, and machines that do other things too
 
 def small_net(c=3, n=10):
     return nn.Sequential(nn.Conv2d(c,8,3,2,1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,2,1), nn.BatchNorm2d(16), nn.ReLU(),

@@ -140,9 +140,9 @@ def test_columns():
     learn = small_learner()
     learn.logger = lambda r: rows.append(list(r))
     learn.fit(2, cbs=HBACallback())
-    assert learn.recorder.metric_names[3:-1]==['accuracy','hyper_loss','mean_p','mean_mag'] and all(len(r)==len(learn.recorder.metric_names) for r in rows)
-    hyper,p,mag = rows[-1][4:7]
-    assert 0<hyper<10 and 0<p<1 and 0<mag<1 and len(learn.metrics)==1
+    assert learn.recorder.metric_names[3:-1]==['accuracy','hyper_loss','mean_p','mean_mag','skipped'] and all(len(r)==len(learn.recorder.metric_names) for r in rows)
+    hyper,p,mag,skipped = rows[-1][4:8]
+    assert 0<hyper<10 and 0<p<1 and 0<mag<1 and skipped==0 and len(learn.metrics)==1
 
 def test_policy_acts_between_scaling_and_normalisation_on_training_batches_only():
     x,y = digits(12)
