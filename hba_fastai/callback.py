@@ -416,7 +416,7 @@ def after_batch(self:HBACallback):
     self.count = 0
     for _ in range(self.T_val): self.hyper_step()
 
-# %% ../nbs/07_callback.ipynb #9f8d0280
+# %% ../nbs/07_callback.ipynb #f78c39f1
 LAM_MAX = 7.
 
 @patch
@@ -425,7 +425,7 @@ def hyper_step(self:HBACallback):
     b,n,mp = next(self.stream),self.dls.n_inp,getattr(self.learn, 'mixed_precision', None)
     model,scaler = get_model(self.learn.model),getattr(self.learn, 'scaler', None)
     def loss():
-        with mp.autocast if mp else nullcontext(): pred = to_float(model(*b[:n])) if mp else model(*b[:n]); return self.loss0(pred, *b[n:])
+        with mp.autocast if mp else nullcontext(): return self.loss0(to_float(model(*b[:n])) if mp else model(*b[:n]), *b[n:]).as_subclass(Tensor)
     l,g = hypergradient(self.hnet, model, loss, self.lam, self.z, scaler.get_scale() if scaler and scaler.is_enabled() else 1., None if self.centred else torch.zeros_like(self.ref))
     lam,self.adam,ok = adam(self.lam, average(g), self.adam, self.rate)
     self.lam = lam.clamp(-LAM_MAX, LAM_MAX)
@@ -487,7 +487,7 @@ def _schedule(self:HBACallback):
         centred=self.centred, T_train=self.T_train, T_val=self.T_val, sigma=self.sigma, hlr=self.rate, epochs=total, seed=self.base_seed,
         train_items=inner_dl(self.dls.train).n, valid_items=getattr(self.stream.dl, 'n', None)))
 
-# %% ../nbs/07_callback.ipynb #d7a3d0d3
+# %% ../nbs/07_callback.ipynb #63194344
 @patch
 def _file(self:HBACallback):
     name = f'{self.checkpoint}_{rank_distrib()}' if rank_distrib() else self.checkpoint # each process has its own random states
@@ -498,14 +498,18 @@ def _same(self:HBACallback):
     "What must agree between a checkpoint and the fit that goes on"
     return dict(n_epoch=self.learn.n_epoch, T_train=self.T_train, T_val=self.T_val, sigma=float(self.sigma), condition=self.condition, centred=self.centred, layers=[l.name for l in self.hnet.layers])
 
+def _builtin(o):
+    "Containers of fastai and of collections as lists and dicts"
+    if isinstance(o, dict): return {k:_builtin(v) for k,v in o.items()}
+    return [_builtin(v) for v in o] if isinstance(o, (list,L)) else o
+
 @patch
 def _write(self:HBACallback):
     scaler = getattr(self.learn, 'scaler', None)
     plain,phi = plain_state_dict(self.opt, self.hnet.params),[p.detach() for p,_ in self.hnet.params]
-    if 'hypers' in plain: plain = {'hypers': [dict(h) for h in plain['hypers']], 'state': [dict(s) for s in plain['state']]}
     save_checkpoint(self._file(), dict(same=self._same(), epoch=self.learn.epoch+1, seed=self.base_seed, lam=self.lam, adam=self.adam, phi=phi, count=self.count, epochs=self.epochs,
         at=[a for a,_ in self.points], lams=torch.stack([l for _,l in self.points]), generator=self.generator.get_state(), stream=[self.stream.i_pass,self.stream.place],
-        model=get_model(self.model).state_dict(), opt=plain, phi_state=[[dict(s.get(p, {})) for p,_ in self.hnet.params] for s in _states(self.opt)],
+        model=get_model(self.model).state_dict(), opt=_builtin(plain), phi_state=[[dict(s.get(p, {})) for p,_ in self.hnet.params] for s in _states(self.opt)],
         scaler=scaler.state_dict() if scaler else {}, rng=rng_state(), train_rng=inner_dl(self.dls.train).rng.getstate()))
 
 @patch

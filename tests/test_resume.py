@@ -1,0 +1,122 @@
+"Stop and go on: the search continues as the uninterrupted one would have; a killed process leaves a file that loads; files are never executed"
+import os,pickle,signal,subprocess,sys,time
+import pytest, torch
+from fastai.callback.core import Callback
+from fastai.optimizer import OptimWrapper,SGD
+from functools import partial
+from hypothesis import HealthCheck,given,settings,strategies as st
+from conftest import quiet,small_learner,small_net
+from hba_fastai.callback import HBACallback,ScheduleCallback
+from hba_fastai.checkpoint import CheckpointError,load_checkpoint,save_checkpoint
+from hba_fastai.schedule import Schedule,ScheduleError
+from hba_fastai.space import Space
+
+class Stop(Callback):
+    "Ends the fit as a killed process would, without a farewell, in the middle of an epoch"
+    def __init__(self, epoch): self.at = epoch
+    def before_batch(self):
+        if self.training and self.learn.epoch==self.at and self.learn.iter==4: raise RuntimeError('power cut')
+
+OPTS = dict(adam=None, sgd=partial(SGD, mom=0.9), torch=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9)))
+
+@pytest.mark.parametrize('opt', OPTS)
+@pytest.mark.parametrize('kw', [dict(), dict(condition='dose', valid=0.3), dict(centred=False, strategy='conv+bn', T_train=3)])
+def test_resume_continues_bit_for_bit(kw, opt, tmp_path):
+    if kw and opt=='sgd': pytest.skip('one setting is enough for this optimizer')
+    cfg = dict(n_train=240, path=tmp_path, **({'opt_func': OPTS[opt]} if OPTS[opt] else {}))
+    def search(learn, stop=None, **more):
+        hba = HBACallback(seed=5, **kw, **more)
+        learn.fit_one_cycle(4, 1e-2, cbs=[hba, *([Stop(stop)] if stop else [])])
+        return hba
+    whole = small_learner(**cfg)
+    a = search(whole)
+    half = small_learner(**cfg)
+    with pytest.raises(RuntimeError, match='power cut'): search(half, stop=2, checkpoint='search')
+    torch.rand(7); other = small_learner(seed=9, **cfg) # another process: other random states, another model
+    b = search(other, checkpoint='search', resume=True)
+    assert torch.equal(a.schedule.table, b.schedule.table) and torch.equal(a.schedule.progress, b.schedule.progress)
+    for k,v in whole.model.state_dict().items(): assert torch.equal(v, other.model.state_dict()[k]), k
+    assert sorted(p.name for p in (tmp_path/'models').iterdir())==['search.pth']
+
+def test_resume_without_a_file_starts_anew_and_a_finished_fit_stays_finished(tmp_path):
+    learn,hba = small_learner(path=tmp_path),HBACallback(checkpoint='s', resume=True)
+    learn.fit(2, cbs=hba)
+    again,hba2 = small_learner(seed=4, path=tmp_path),HBACallback(checkpoint='s', resume=True)
+    again.fit(2, cbs=hba2)
+    assert torch.equal(again.hba_schedule.table, hba.schedule.table)
+    assert all(torch.equal(u,v) for u,v in zip(learn.model.state_dict().values(), again.model.state_dict().values()))
+
+@pytest.mark.parametrize('change,match', [(dict(n=3), 'of a fit of 2 epochs and this one has 3'), (dict(T_train=3), 'T_train=2 and this search has 3'),
+                                          (dict(strategy='bn'), 'layers='), (dict(model=small_net(n=7)), 'of another model')])
+def test_another_fit_is_refused(change, match, tmp_path):
+    with pytest.raises(RuntimeError): small_learner(path=tmp_path).fit(2, cbs=[HBACallback(checkpoint='s'), Stop(1)])
+    n,model = change.pop('n', 2),change.pop('model', None)
+    learn = small_learner(path=tmp_path, model=model)
+    with pytest.raises(CheckpointError, match=match): learn.fit(n, cbs=HBACallback(checkpoint='s', resume=True, **change))
+    assert all('forward' not in vars(m) for m in learn.model.modules())
+
+def test_sigkill_at_any_moment_leaves_a_file_that_loads(tmp_path):
+    code = f"""import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+import warnings; warnings.simplefilter('ignore')
+from pathlib import Path
+from conftest import small_learner
+from hba_fastai.callback import HBACallback
+l = small_learner(path=Path({str(tmp_path)!r}), n_train=40, n_valid=40)
+l.fit(10_000, cbs=HBACallback(checkpoint='s'))"""
+    p = subprocess.Popen([sys.executable,'-c',code])
+    f,loads = tmp_path/'models'/'s.pth',0
+    try:
+        for _ in range(600): # until the first file is there
+            if f.exists() or p.poll() is not None: break
+            time.sleep(0.1)
+        for _ in range(150): # whenever one looks, the file is whole
+            load_checkpoint(f); loads += 1
+    finally: p.send_signal(signal.SIGKILL); p.wait()
+    assert loads==150 and load_checkpoint(f)['epoch']>=1
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    d = tmp_path_factory.mktemp('fuzz')
+    learn = small_learner(path=d, n_train=40, n_valid=40)
+    learn.fit(1, cbs=HBACallback(checkpoint='c'))
+    learn.hba_schedule.save(d/'s.json')
+    return (d/'models'/'c.pth').read_bytes(),(d/'s.json').read_bytes(),d
+
+edits = st.lists(st.tuples(st.sampled_from(['flip','cut','insert','copy','zero']), st.floats(0,1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4)
+
+def mutate(data, edits):
+    for what,at,b in edits:
+        i = int(at*(len(data)-1)) if data else 0
+        if what=='flip' and data: data = data[:i]+bytes([data[i]^(b[0] or 1)])+data[i+1:]
+        elif what=='cut': data = data[:i]
+        elif what=='insert': data = data[:i]+b+data[i:]
+        elif what=='copy': data = data[:i]+data[i//2:i]+data[i:]
+        elif what=='zero': data = data[:i]+bytes(len(b))+data[i+len(b):]
+    return data
+
+fuzz = partial(settings, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+@fuzz(max_examples=5000)
+@given(edits)
+def test_fuzzed_checkpoints_give_our_error(files, e):
+    data = mutate(files[0], e)
+    (files[2]/'m.pth').write_bytes(data)
+    if data==files[0]: return
+    with pytest.raises(CheckpointError): load_checkpoint(files[2]/'m.pth')
+
+@fuzz(max_examples=5000)
+@given(edits)
+def test_fuzzed_schedules_give_our_error_or_a_sound_schedule(files, e):
+    (files[2]/'m.json').write_bytes(mutate(files[1], e))
+    try: s = Schedule.load(files[2]/'m.json')
+    except ScheduleError: return
+    v = Space().lam(s.table) # a digit that became another digit: still within its range
+    assert v.isfinite().all() and s.table.shape[1]==54 and ScheduleCallback(s)
+
+def test_nothing_is_executed(tmp_path):
+    "A pickle that would run code, in a file with a right digest, is refused by `weights_only`"
+    class Evil:
+        def __reduce__(self): return os.mkdir,(str(tmp_path/'owned'),)
+    save_checkpoint(tmp_path/'e.pth', {'same': Evil()})
+    with pytest.raises(CheckpointError, match='more than tensors'): load_checkpoint(tmp_path/'e.pth')
+    assert not (tmp_path/'owned').exists()
