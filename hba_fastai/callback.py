@@ -298,7 +298,7 @@ def _refuse(learn):
     if any(type(m).__name__=='OptimizedModule' or getattr(m, '_compiled_call_impl', None) for m in learn.model.modules()):
         raise ValueError("The model is compiled, and hyper-layers change its layers: search with the model itself (`model._orig_mod`), and compile it for training with ScheduleCallback")
 
-# %% ../nbs/07_callback.ipynb #2040f6f4
+# %% ../nbs/07_callback.ipynb #b17c87ae
 @patch
 def before_fit(self:HBACallback):
     PolicyCallback.before_fit(self)
@@ -332,7 +332,7 @@ def attach(self:HBACallback):
     self.rate = default_hlr(n) if self.hlr is None else self.hlr
     if self.adam is None: self.adam = adam_start(self.lam)
     if self.resumed: self._continue()
-    self.ref = self.z(self.lam).detach()
+    self.ref,self.provenance = self.z(self.lam).detach(),self._provenance()
     if not self.points: self._note(self.learn.epoch)
     self.attached = True
 
@@ -475,19 +475,22 @@ def close(self:HBACallback):
         _schedules[self.learn] = self.schedule
     PolicyCallback.close(self)
 
-# %% ../nbs/07_callback.ipynb #109216e3
+# %% ../nbs/07_callback.ipynb #6726ae43
 @patch
-def _schedule(self:HBACallback):
+def _provenance(self:HBACallback) -> dict:
+    "How the schedule is found, for its file"
+    names = [l.name for l in self.hnet.layers]
+    return dict(package=f'hba-fastai {hba_fastai.__version__}', strategy=self.strategy if isinstance(self.strategy, str) else names, layers=names, condition=self.condition,
+                centred=self.centred, T_train=self.T_train, T_val=self.T_val, sigma=self.sigma, hlr=self.rate, seed=self.base_seed,
+                train_items=inner_dl(self.dls.train).n, valid_items=getattr(self.stream.dl, 'n', None))
+
+@patch
+def _schedule(self:HBACallback) -> Schedule:
     total = self.epochs+self.learn.n_epoch
     at,lam = zip(*self.points)
-    names = [l.name for l in self.hnet.layers]
-    n = len(self.valid.dataset) if isinstance(self.valid, DataLoader) else len(getattr(self.stream.dl, 'dataset', []))
-    return Schedule([a/total for a in at], Space().values(torch.stack(lam)), self.sigma, dict(
-        package=f'hba-fastai {hba_fastai.__version__}', strategy=self.strategy if isinstance(self.strategy, str) else names, layers=names, condition=self.condition,
-        centred=self.centred, T_train=self.T_train, T_val=self.T_val, sigma=self.sigma, hlr=self.rate, epochs=total, seed=self.base_seed,
-        train_items=inner_dl(self.dls.train).n, valid_items=getattr(self.stream.dl, 'n', None)))
+    return Schedule([a/total for a in at], Space().values(torch.stack(lam)), self.sigma, {**self.provenance, 'epochs': total})
 
-# %% ../nbs/07_callback.ipynb #63194344
+# %% ../nbs/07_callback.ipynb #49856ba3
 @patch
 def _file(self:HBACallback):
     name = f'{self.checkpoint}_{rank_distrib()}' if rank_distrib() else self.checkpoint # each process has its own random states
@@ -499,18 +502,19 @@ def _same(self:HBACallback):
     return dict(n_epoch=self.learn.n_epoch, T_train=self.T_train, T_val=self.T_val, sigma=float(self.sigma), condition=self.condition, centred=self.centred, layers=[l.name for l in self.hnet.layers])
 
 def _builtin(o):
-    "Containers of fastai and of collections as lists and dicts"
+    "Containers of fastai and numbers of NumPy as Python's own"
     if isinstance(o, dict): return {k:_builtin(v) for k,v in o.items()}
-    return [_builtin(v) for v in o] if isinstance(o, (list,L)) else o
+    if isinstance(o, (list,L)): return [_builtin(v) for v in o]
+    return o.item() if isinstance(o, np.generic) else o # schedulers leave NumPy's numbers in an optimizer
 
 @patch
 def _write(self:HBACallback):
     scaler = getattr(self.learn, 'scaler', None)
     plain,phi = plain_state_dict(self.opt, self.hnet.params),[p.detach() for p,_ in self.hnet.params]
     save_checkpoint(self._file(), dict(same=self._same(), epoch=self.learn.epoch+1, seed=self.base_seed, lam=self.lam, adam=self.adam, phi=phi, count=self.count, epochs=self.epochs,
-        at=[a for a,_ in self.points], lams=torch.stack([l for _,l in self.points]), generator=self.generator.get_state(), stream=[self.stream.i_pass,self.stream.place],
-        model=get_model(self.model).state_dict(), opt=_builtin(plain), phi_state=[[dict(s.get(p, {})) for p,_ in self.hnet.params] for s in _states(self.opt)],
-        scaler=scaler.state_dict() if scaler else {}, rng=rng_state(), train_rng=inner_dl(self.dls.train).rng.getstate()))
+        at=[a for a,_ in self.points], lams=torch.stack([l for _,l in self.points]), generator=self.generator.get_state(), fill=self.policy.fill, stream=[self.stream.i_pass,self.stream.place],
+        model=get_model(self.model).state_dict(), opt=_builtin(plain), phi_state=_builtin([[s.get(p, {}) for p,_ in self.hnet.params] for s in _states(self.opt)]),
+        scaler=scaler.state_dict() if scaler else {}, rng=rng_state(), provenance=self.provenance, train_rng=inner_dl(self.dls.train).rng.getstate()))
 
 @patch
 def _read(self:HBACallback):
@@ -525,7 +529,8 @@ def _read(self:HBACallback):
     skip = SkipToEpoch(d['epoch'])
     self.learn.add_cb(skip)
     self.undo.callback(self.learn.remove_cb, skip)
-    self.epochs,self.points = d['epochs'],list(zip(d['at'], d['lams'].cpu()))
+    self.epochs,self.points,self.provenance = d['epochs'],list(zip(d['at'], d['lams'].cpu())),d['provenance']
+    self.schedule = _schedules[self.learn] = self._schedule()
 
 @patch
 def _continue(self:HBACallback):
@@ -536,7 +541,7 @@ def _continue(self:HBACallback):
     self.lam,self.adam,self.count = d['lam'],tuple(d['adam']),d['count']
     for (p,_),q in zip(self.hnet.params, d['phi']): p.data.copy_(q)
     for s,old in zip(_states(self.opt), d['phi_state']): s.update({p:o for (p,_),o in zip(self.hnet.params, old) if o})
-    self.stream.seed = d['seed']+rank_distrib()
+    self.policy.fill,self.stream.seed = d['fill'],d['seed']+rank_distrib()
     self.stream.go_to(*d['stream'])
     self.generator.set_state(d['generator'].cpu())
     inner_dl(self.dls.train).rng.setstate(d['train_rng'])

@@ -18,7 +18,7 @@ from .policy import *
 from .schedule import *
 from .space import *
 
-# %% ../nbs/08_cli.ipynb #f047823c
+# %% ../nbs/08_cli.ipynb #e493289b
 def folder_dls(path, size:int, bs:int, seed:int) -> DataLoaders:
     "`DataLoaders` of the images under `path`, labelled by their folders; 20% for validation unless there are `train` and `valid`"
     path = Path(path)
@@ -38,9 +38,11 @@ def find_arch(name:str):
     return getattr(torchvision.models, name, name)
 
 def folder_learner(path, arch, size, bs, seed):
-    arch = find_arch(arch)
-    try: return vision_learner(folder_dls(path, size, bs, seed), arch, pretrained=False, metrics=error_rate)
-    except NameError: raise CliError(f"{arch} is no model of torchvision, and timm is not installed: `pip install timm`, or name a torchvision model") from None
+    "A `vision_learner` for a folder of images"
+    dls = folder_dls(path, size, bs, seed)
+    try: return vision_learner(dls, find_arch(arch), pretrained=False, metrics=error_rate)
+    except (NameError,RuntimeError): # no timm, or a name that timm does not know either
+        raise CliError(f"{arch} is no model of torchvision nor of an installed timm: name one of theirs, such as resnet18, or `pip install timm`") from None
 
 # %% ../nbs/08_cli.ipynb #ad3ca254
 def digits_net() -> nn.Module:

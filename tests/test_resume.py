@@ -22,7 +22,6 @@ OPTS = dict(adam=None, sgd=partial(SGD, mom=0.9), torch=partial(OptimWrapper, op
 @pytest.mark.parametrize('opt', OPTS)
 @pytest.mark.parametrize('kw', [dict(), dict(condition='dose', valid=0.3), dict(centred=False, strategy='conv+bn', T_train=3)])
 def test_resume_continues_bit_for_bit(kw, opt, tmp_path):
-    if kw and opt=='sgd': pytest.skip('one setting is enough for this optimizer')
     cfg = dict(n_train=240, path=tmp_path, **({'opt_func': OPTS[opt]} if OPTS[opt] else {}))
     def search(learn, stop=None, **more):
         hba = HBACallback(seed=5, **kw, **more)
