@@ -9,7 +9,7 @@ __all__ = ['LAM_MAX', 'MAX_SKIPPED', 'population', 'PolicyTransform', 'insert_tf
            'PolicyCallback', 'ScheduleCallback', 'add_params', 'remove_params', 'plain_state_dict', 'keep_state_plain',
            'HyperBatches', 'split_off', 'only', 'default_hlr', 'HBACallback', 'average']
 
-# %% ../nbs/07_callback.ipynb #9d65d672
+# %% ../nbs/07_callback.ipynb #05d97c58
 import random,warnings,weakref
 from contextlib import ExitStack,nullcontext
 import torch
@@ -23,7 +23,7 @@ from fastai.callback.schedule import SkipToEpoch
 from fastai.distributed import DistributedDL,rank_distrib
 from fastai.learner import ValueMetric
 from fastai.vision.core import TensorImage,TensorMask,TensorPoint,TensorBBox
-from fastai.vision.augment import RandTransform
+from fastai.vision.augment import IntToFloatTensor,RandTransform
 import hba_fastai
 from .space import *
 from .policy import *
@@ -31,7 +31,7 @@ from .hyper import *
 from .schedule import *
 from .checkpoint import *
 
-# %% ../nbs/07_callback.ipynb #f55be2f4
+# %% ../nbs/07_callback.ipynb #ff1b3b26
 def population(lam:Tensor, sigma:float, n:int, generator:torch.Generator, active:Tensor) -> Tensor: # (n,H)
     "λ_i = λ + ε_i of `n` samples, ε ~ N(0, σ²) (Eq. 12); hyperparameters that no operation uses stay at λ"
     return lam + sigma*active*torch.randn(n, len(lam), generator=generator, device=lam.device)
@@ -43,10 +43,11 @@ class PolicyTransform(RandTransform):
         policy:PBAPolicy, # What λ means
         lam,              # () -> current λ (H,)
         sigma:float,      # Standard deviation of ε
-        generator:torch.Generator # Source of all randomness
+        generator:torch.Generator, # Source of all randomness
+        inplace:bool=False # May the batch be changed?
     ):
         super().__init__(p=1.)
-        store_attr('policy,lam,sigma,generator')
+        store_attr('policy,lam,sigma,generator,inplace')
         self.active,self.checked = policy.active.to(generator.device),False
 
     def before_call(self, b, split_idx):
@@ -63,7 +64,7 @@ class PolicyTransform(RandTransform):
         if self.policy.fill is None: self.policy.fill = x.mean((0,2,3))
         self.checked = True
 
-    def encodes(self, x:TensorImage): return self.policy.apply(x.as_subclass(Tensor), self.drawn)
+    def encodes(self, x:TensorImage): return self.policy.apply(x.as_subclass(Tensor), self.drawn, self.inplace)
 
 # %% ../nbs/07_callback.ipynb #9ab011bc
 def insert_tfm(dl, tfm):
@@ -95,7 +96,7 @@ def policy_for(dls) -> tuple: # (PBAPolicy, two training items as a batch)
     fill = norm.mean.flatten() if norm else None
     return PBAPolicy(fill, skip=[*GEOMETRIC,'Cutout'] if places else []).for_channels(images[0].shape[1]),b
 
-# %% ../nbs/07_callback.ipynb #5296f782
+# %% ../nbs/07_callback.ipynb #3cbdf213
 _schedules = weakref.WeakKeyDictionary() # the schedule of the last search of each Learner, kept outside of it so that `export` needs no hba_fastai
 
 @patch(as_prop=True)
@@ -132,8 +133,10 @@ class PolicyCallback(Callback):
         if self.generator is None:
             self.base_seed = shared_seed(self.seed, device)
             self.generator = torch.Generator(device).manual_seed(self.base_seed + rank_distrib()) # each process draws its own
-        self.tfm = PolicyTransform(policy, lam, sigma, self.generator)
-        self.undo.callback(insert_tfm(inner_dl(self.dls.train), self.tfm))
+        dl = inner_dl(self.dls.train)
+        inplace = any(isinstance(t, IntToFloatTensor) for t in dl.after_batch.fs) # which hands on a tensor of its own, or has changed the loader's in place itself
+        self.tfm = PolicyTransform(policy, lam, sigma, self.generator, inplace)
+        self.undo.callback(insert_tfm(dl, self.tfm))
         self.undo.callback(setattr, self, 'tfm', None)
 
     def after_fit(self): self.close()

@@ -18,7 +18,7 @@ from .policy import *
 from .schedule import *
 from .space import *
 
-# %% ../nbs/08_cli.ipynb #e493289b
+# %% ../nbs/08_cli.ipynb #efd5355a
 def folder_dls(path, size:int, bs:int, seed:int) -> DataLoaders:
     "`DataLoaders` of the images under `path`, labelled by their folders; 20% for validation unless there are `train` and `valid`"
     path = Path(path)
@@ -39,7 +39,7 @@ def find_arch(name:str):
 
 def folder_learner(path, arch, size, bs, seed):
     "A `vision_learner` for a folder of images"
-    dls = folder_dls(path, size, bs, seed)
+    dls = in_memory(folder_dls(path, size, bs, seed))
     try: return vision_learner(dls, find_arch(arch), pretrained=False, metrics=error_rate)
     except (NameError,RuntimeError): # no timm, or a name that timm does not know either
         raise CliError(f"{arch} is no model of torchvision nor of an installed timm: name one of theirs, such as resnet18, or `pip install timm`") from None

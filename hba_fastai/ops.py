@@ -6,17 +6,18 @@ Docs: https://hba-fastai.github.io/hba-fastai/ops.html.md"""
 
 # %% auto #0
 __all__ = ['OP_NAMES', 'OP', 'AFFINE', 'TABLE', 'OPS', 'to_levels', 'from_levels', 'affine_coef', 'affine', 'blend', 'luma',
-           'mean_level', 'equalize_table', 'autocontrast_table', 'closed_tables', 'on_samples', 'lookup', 'color',
-           'smooth', 'sharpness', 'cutout', 'apply_ops']
+           'mean_level', 'equalize_table', 'table_params', 'tables', 'by_mean', 'by_range', 'on_samples', 'lookup',
+           'color', 'smooth', 'sharpness', 'cutout', 'Plan', 'plan', 'apply_ops']
 
-# %% ../nbs/01_ops.ipynb #9d59463f
+# %% ../nbs/01_ops.ipynb #469699ab
 import math
 from functools import partial
+from typing import NamedTuple
 import torch
 from torch import Tensor
 from .space import TABLE7
 
-# %% ../nbs/01_ops.ipynb #0fa2de9a
+# %% ../nbs/01_ops.ipynb #c0d1c9fd
 OP_NAMES = list(TABLE7)
 OP = {o:i for i,o in enumerate(OP_NAMES)}   # the code of an operation; -1 is "none"
 AFFINE = [OP[o] for o in 'ShearX ShearY TranslateX TranslateY Rotate'.split()]
@@ -24,41 +25,39 @@ TABLE  = [OP[o] for o in 'AutoContrast Invert Equalize Solarize Posterize Contra
 
 def to_levels(x:Tensor) -> Tensor:
     "Grey levels 0..255 (uint8) of float images in [0,1]"
-    return x.mul(255).round_().clamp_(0,255).to(torch.uint8)
+    return x.mul(255).add_(0.5).clamp_(0,255).to(torch.uint8)
 
 def from_levels(v:Tensor, dtype=torch.float32) -> Tensor:
     "Float images in [0,1] of grey levels; divides as fastai's `IntToFloatTensor` does, so that an untouched level comes back bit for bit"
     return v.to(dtype).div_(255)
 
-# %% ../nbs/01_ops.ipynb #5f72229e
+# %% ../nbs/01_ops.ipynb #b48e1449
 def _double(m): return m.to(torch.float32 if m.device.type=='mps' else torch.float64) # Apple's GPUs have no float64
 
 def affine_coef(
-    op:Tensor, # Code of the operation of each sample (B,); what is not geometric maps to the identity
-    m:Tensor,  # Magnitude of each sample (B,), signed, in the units of Table 7
+    op:Tensor, # Code of the operation (...,); what is not geometric maps to the identity
+    m:Tensor,  # Its magnitude (...,), signed, in the units of Table 7
     h:int, w:int # Image size in pixels
-) -> Tensor: # a..f of each sample (B,6), float64
+) -> Tensor: # a..f (...,6), float64
     "Coefficients of Pillow's `AFFINE` map from output to input pixels"
-    m = _double(m)
-    shx,shy,tx,ty,deg = (m*(op==o) for o in AFFINE)
-    cos,sin = torch.cos(-deg*(math.pi/180)),torch.sin(-deg*(math.pi/180))
-    return torch.stack([cos, sin+shx, w/2 - cos*w/2 - sin*h/2 + tx*w,
-                        shy-sin, cos, h/2 + sin*w/2 - cos*h/2 + ty*h], 1)
+    shx,shy,tx,ty,deg = (_double(m)[...,None]*(op[...,None]==torch.tensor(AFFINE, device=op.device))).unbind(-1)
+    rad = deg*(-math.pi/180)
+    cos,sin = rad.cos(),rad.sin()
+    return torch.stack([cos, sin+shx, (1-cos)*(w/2) - sin*(h/2) + tx*w, shy-sin, cos, (1-cos)*(h/2) + sin*(w/2) + ty*h], -1)
 
-# %% ../nbs/01_ops.ipynb #5f23b91a
+# %% ../nbs/01_ops.ipynb #a2e3b2c8
 def _source(coef, h, w, scale):
     "Input position (B,h,w) of each output pixel centre, times `scale`, x and y; integer if `scale` is that of Pillow's fixed point"
     a,b,c,d,e,f = coef.unbind(1)
     k = torch.stack([a,b,c+(a+b)/2,d,e,f+(d+e)/2], 1)*scale
-    if scale>1: k = (k+0.5).floor().long()
+    if scale>1: k = (k+0.5).floor().to(torch.int32 if max(h,w)<10_000 else torch.int64) # 3·w·2^16 must fit
     a,b,c,d,e,f = k[...,None,None].unbind(1)
-    x,y = torch.arange(w, device=coef.device),torch.arange(h, device=coef.device)[:,None]
-    return c + a*x + b*y, f + d*x + e*y
+    x,y = torch.arange(w, device=coef.device, dtype=k.dtype),torch.arange(h, device=coef.device, dtype=k.dtype)[:,None]
+    return (c + a*x) + b*y, (f + d*x) + e*y
 
-def _pick(v, ix, iy):
-    "`v[b,:,iy,ix]` (B,C,h,w) for index maps (B,h,w)"
-    i = (iy*v.shape[3] + ix).flatten(1)[:,None]
-    return v.flatten(2).gather(2, i.expand(-1,v.shape[1],-1)).view_as(v)
+def _pick(v, i):
+    "Pixels `i` (B,h,w) of `v` (B,C,·), counted along its last dimension"
+    return v.gather(2, i.flatten(1)[:,None].expand(-1,v.shape[1],-1)).view(*v.shape[:2],*i.shape[1:])
 
 def affine(
     v:Tensor,    # Grey levels (B,C,H,W)
@@ -67,20 +66,25 @@ def affine(
     bilinear:bool=False # Interpolate instead of taking the nearest pixel
 ) -> Tensor:
     "The affine maps `coef` of the images `v`, one each"
-    h,w = v.shape[2:]
+    b,c,h,w = v.shape
     x,y = _source(coef, h, w, 1 if bilinear else 65536)
-    if not bilinear: x,y = x>>16,y>>16
-    inside = (x>=0) & (x<w) & (y>=0) & (y<h)
-    out = _bilinear(v, x-0.5, y-0.5) if bilinear else _pick(v, x.clamp_(0,w-1), y.clamp_(0,h-1))
-    return torch.where(inside[:,None], out, fill.to(v).view(1,-1,1,1))
+    if bilinear: return _bilinear(v, x, y, fill)
+    x >>= 16; y >>= 16
+    xc,yc = x.clamp(0,w-1),y.clamp(0,h-1)
+    outside = (x!=xc).logical_or_(y!=yc)
+    i = yc.mul_(w).add_(xc).masked_fill_(outside, h*w).long()
+    return _pick(torch.cat([v.flatten(2), fill.to(v).view(1,-1,1).expand(b,-1,1)], 2), i) # the fill is one more pixel
 
-def _bilinear(v, x, y):
+def _bilinear(v, x, y, fill):
     "Levels interpolated between the four pixels around (x,y) (B,h,w)"
     h,w = v.shape[2:]
+    inside = (x>=0) & (x<w) & (y>=0) & (y<h)
+    x,y = x-0.5,y-0.5
     x0,y0 = x.floor(),y.floor()
     fx,fy = (x-x0).float()[:,None],(y-y0).float()[:,None]
-    pick = lambda dx,dy: _pick(v, (x0+dx).long().clamp_(0,w-1), (y0+dy).long().clamp_(0,h-1)).float()
-    return (pick(0,0).lerp(pick(1,0), fx)).lerp(pick(0,1).lerp(pick(1,1), fx), fy).round_().to(v.dtype)
+    pick = lambda dx,dy: _pick(v.flatten(2), (y0+dy).long().clamp_(0,h-1)*w + (x0+dx).long().clamp_(0,w-1)).float()
+    out = (pick(0,0).lerp(pick(1,0), fx)).lerp(pick(0,1).lerp(pick(1,1), fx), fy).round_().to(v.dtype)
+    return torch.where(inside[:,None], out, fill.to(v).view(1,-1,1,1))
 
 # %% ../nbs/01_ops.ipynb #f31a404f
 def blend(d:Tensor, v:Tensor, m:Tensor) -> Tensor:
@@ -98,7 +102,7 @@ def mean_level(v:Tensor) -> Tensor:
     g,n = luma(v).flatten(1),v[0,0].numel()
     return ((2*g.sum(1)+n) // (2*n)).float()[:,None,None]
 
-# %% ../nbs/01_ops.ipynb #f3a6ad0d
+# %% ../nbs/01_ops.ipynb #959be8ad
 def equalize_table(v:Tensor) -> Tensor:
     "The table (B,C,256) of Pillow's `equalize` for grey levels (B,C,H,W)"
     i = v.flatten(2).long()
@@ -106,41 +110,55 @@ def equalize_table(v:Tensor) -> Tensor:
     last = h.gather(2, i.amax(2, keepdim=True))
     step = (h.sum(2, keepdim=True)-last) // 255
     t = (step//2 + h.cumsum(2)-h) // step.clamp(min=1)
-    return torch.where(step>0, t.clamp_(max=255), torch.arange(256, device=v.device)).float()
+    return torch.where(step>0, t.clamp_(max=255), torch.arange(256, device=v.device)).to(v.dtype)
 
-def autocontrast_table(v:Tensor) -> Tensor:
-    "The table (B,C,256) of Pillow's `autocontrast` for grey levels (B,C,H,W)"
+# %% ../nbs/01_ops.ipynb #9a9d84c0
+def table_params(op:Tensor, m:Tensor) -> Tensor: # (...,), (...,) -> (...,5)
+    "d, e, a, threshold and step of the table of each operation; the identity for those that have none"
+    m,zero = m.float(),torch.zeros_like(m, dtype=torch.float32)
+    invert,factor = op==OP['Invert'],(op==OP['Brightness']) | (op==OP['Contrast'])
+    return torch.stack([zero.masked_fill(invert, 255), zero, torch.where(factor, m, 1).masked_fill(invert, -1),
+                        torch.where(op==OP['Solarize'], 256-m, 256), torch.where(op==OP['Posterize'], 2**m.round().clamp(0,7), 1)], -1)
+
+def tables(q:Tensor) -> Tensor: # `table_params` (...,5) -> (...,256)
+    "The tables of parameters"
+    d,e,a,threshold,step = q[...,None].unbind(-2)
+    t = (d + a*(torch.arange(256, device=q.device, dtype=torch.float32)-e)).clamp_(0,255).trunc_()
+    t = torch.where(t<threshold, t, 255-t)
+    return t - t%step
+
+# %% ../nbs/01_ops.ipynb #bab8e745
+def by_mean(v:Tensor, q:Tensor) -> Tensor:
+    "Parameters (B,C,5) of Contrast: d and e are the mean level"
+    mean = mean_level(v).expand(-1,v.shape[1],1)
+    return torch.cat([mean, mean, q[...,2:]], 2)
+
+def by_range(v:Tensor, q:Tensor) -> Tensor:
+    "Parameters (B,C,5) of AutoContrast: the levels in use are stretched over 0..255; an image with one level stays"
     lo,hi = (f(2, keepdim=True).float() for f in (v.flatten(2).amin, v.flatten(2).amax))
-    g = torch.arange(256, device=v.device, dtype=torch.float32)
-    return torch.where(hi>lo, ((g-lo)*(255/(hi-lo).clamp(min=1))).clamp_(0,255).add_(1e-4).trunc_(), g)
+    flat = hi<=lo
+    return torch.cat([(lo*flat).add_(1e-4), lo, torch.where(flat, 1, 255/(hi-lo).clamp(min=1)), q[...,3:]], 2)
 
-# %% ../nbs/01_ops.ipynb #dcc29775
-def closed_tables(op:Tensor, m:Tensor) -> Tensor: # (B,), (B,) -> (B,1,256)
-    "Tables of Invert, Solarize, Posterize and Brightness, which do not depend on the image; the identity for any other operation"
-    op,m = op.view(-1,1,1),m.float().view(-1,1,1)
-    g = torch.arange(256, device=m.device, dtype=torch.float32).view(1,1,-1)
-    step = 2**(m.round().clamp(0,7))
-    t = torch.where(op==OP['Invert'], 255-g, g)
-    t = torch.where(op==OP['Solarize'], torch.where(g<256-m, g, 255-g), t)
-    t = torch.where(op==OP['Posterize'], g - g%step, t)
-    return torch.where(op==OP['Brightness'], blend(torch.zeros_like(g), g, m), t)
+# %% ../nbs/01_ops.ipynb #f4ed92b6
+def on_samples(v:Tensor, op:Tensor, codes, f, dense:bool):
+    "`v` with `f(v[i], i)` in place of the samples i whose `op` (B,) is among `codes`; `dense`: without asking the device which they are"
+    if dense: return torch.where(sum(op==c for c in codes).bool().view(-1,*[1]*(v.dim()-1)), f(v, slice(None)), v)
+    i = [j for j,c in enumerate(op.tolist()) if c in codes]
+    if not i: return v
+    if len(i)==len(op): return f(v, slice(None))
+    i = torch.tensor(i)
+    return v.index_copy_(0, i, f(v.index_select(0, i), i))
 
-# %% ../nbs/01_ops.ipynb #53b9aa03
-def on_samples(v:Tensor, mask:Tensor, f, dense:bool):
-    "`v` with `f(v[i], i)` in place of the samples i that `mask` (B,) selects; `dense`: without asking the device which they are"
-    if dense: return torch.where(mask.view(-1,*[1]*(v.dim()-1)), f(v, slice(None)), v)
-    i = mask.nonzero().flatten()
-    if len(i): v[i] = f(v[i], i)
-    return v
-
-def lookup(v:Tensor, op:Tensor, m:Tensor, dense:bool) -> Tensor:
-    "Apply the table of each sample to its grey levels `v` (B,C,H,W)"
-    g = torch.arange(256, device=v.device, dtype=torch.float32)
-    t = closed_tables(op, m).expand(-1,v.shape[1],-1).contiguous()
-    t = on_samples(t, op==OP['Contrast'], lambda _,i: blend(mean_level(v[i]), g, m[i].float().view(-1,1,1)).expand(-1,v.shape[1],-1), dense)
-    t = on_samples(t, op==OP['AutoContrast'], lambda _,i: autocontrast_table(v[i]), dense)
-    t = on_samples(t, op==OP['Equalize'], lambda _,i: equalize_table(v[i]), dense)
-    return t.to(v.dtype).gather(2, v.flatten(2).long()).view_as(v)
+def lookup(v:Tensor, op:Tensor, q:Tensor, dense:bool) -> Tensor:
+    "Apply the table of each sample, with parameters q (B,5), to its grey levels `v` (B,C,H,W)"
+    codes = None if dense else set(op.tolist())
+    def where(name, t, f): return torch.where((op==OP[name])[:,None,None], f(), t) if dense or OP[name] in codes else t
+    q = q[:,None].expand(-1,v.shape[1],-1)
+    q = where('Contrast', q, lambda: by_mean(v, q))
+    q = where('AutoContrast', q, lambda: by_range(v, q))
+    t = tables(q).to(v.dtype)
+    t = on_samples(t, op, [OP['Equalize']], lambda _,i: equalize_table(v[i]), dense)
+    return t.gather(2, v.flatten(2).long()).view_as(v)
 
 # %% ../nbs/01_ops.ipynb #3abf4674
 def color(v:Tensor, m:Tensor) -> Tensor:
@@ -169,35 +187,46 @@ def cutout(v:Tensor, m:Tensor, centre:Tensor, fill:Tensor) -> Tensor:
     hole = (dy<half)[:,None,:,None] & (dx<half)[:,None,None,:]
     return torch.where(hole, fill.to(v).view(1,-1,1,1), v)
 
-# %% ../nbs/01_ops.ipynb #6e8321d8
+# %% ../nbs/01_ops.ipynb #4ea6539c
+class Plan(NamedTuple):
+    "K operations per sample, and what follows from them for images of one size"
+    op:Tensor     # Codes (B,K): indices into `OP_NAMES`, -1 for none
+    m:Tensor      # Magnitudes (B,K), in the units of Table 7, signed for the five geometric operations
+    centre:Tensor # Centres (B,K,2) of Cutout, (x,y) in [0,1]
+    coef:Tensor   # `affine_coef` (B,K,6)
+    q:Tensor      # `table_params` (B,K,5)
+
+def plan(op:Tensor, m:Tensor, centre:Tensor, h:int, w:int) -> Plan:
+    "The plan for images of h x w pixels"
+    return Plan(op, m, centre, affine_coef(op, m, h, w), table_params(op, m))
+
 def apply_ops(
-    v:Tensor,  # Grey levels (B,C,H,W), uint8; changed in place where that is possible
-    op:Tensor, # Code of the operation (B,): an index into `OP_NAMES`, -1 for none
-    m:Tensor,  # Magnitudes (B,), in the units of Table 7, signed for the five geometric operations
-    centre:Tensor, # Centre (B,2) of Cutout, (x,y) in [0,1]
-    fill:Tensor,   # Grey level (C,) of holes
+    v:Tensor,    # Grey levels (B,C,H,W), uint8; may be changed in place
+    todo:Plan,   # What to do to each
+    fill:Tensor, # Grey level (C,) of holes
     bilinear:bool=False, # Interpolate in the geometric operations
     dense:bool|None=None # Work on all samples and choose afterwards; default: unless on a CPU
 ) -> Tensor: # (B,C,H,W)
-    "One operation per sample"
+    "Carry out a plan"
     if dense is None: dense = v.device.type!='cpu'
-    among = lambda codes: torch.isin(op, torch.tensor(codes, device=op.device)) if not dense else sum(op==c for c in codes).bool()
-    h,w = v.shape[2:]
-    v = on_samples(v, among(AFFINE), lambda v,i: affine(v, affine_coef(op[i], m[i], h, w), fill, bilinear), dense)
-    v = on_samples(v, among(TABLE),  lambda v,i: lookup(v, op[i], m[i], dense), dense)
-    if v.shape[1]==3: v = on_samples(v, op==OP['Color'], lambda v,i: color(v, m[i]), dense)
-    v = on_samples(v, op==OP['Sharpness'], lambda v,i: sharpness(v, m[i]), dense)
-    return on_samples(v, op==OP['Cutout'], lambda v,i: cutout(v, m[i], centre[i], fill), dense)
+    for op,m,centre,coef,q in zip(*[o.unbind(1) for o in todo]):
+        v = on_samples(v, op, AFFINE, lambda v,i: affine(v, coef[i], fill, bilinear), dense)
+        v = on_samples(v, op, TABLE,  lambda v,i: lookup(v, op[i], q[i], dense), dense)
+        if v.shape[1]==3: v = on_samples(v, op, [OP['Color']], lambda v,i: color(v, m[i]), dense)
+        v = on_samples(v, op, [OP['Sharpness']], lambda v,i: sharpness(v, m[i]), dense)
+        v = on_samples(v, op, [OP['Cutout']], lambda v,i: cutout(v, m[i], centre[i], fill), dense)
+    return v
 
-# %% ../nbs/01_ops.ipynb #c50e538f
+# %% ../nbs/01_ops.ipynb #4126575e
 def _single(name, x, m, centre=None, fill=0., bilinear=False):
     if not x.is_floating_point(): raise TypeError(f"{name} takes float images in [0,1] and got {x.dtype}: divide by 255 first")
     if len(m)!=len(x): raise ValueError(f"{name} got {len(x)} images and {len(m)} magnitudes: give one magnitude per image")
     if name=='Color' and x.shape[1]!=3: raise ValueError(f"Color needs RGB and got {x.shape[1]} channels: leave it out")
     if name=='Cutout' and centre is None: raise ValueError("Cutout needs `centre` (B,2), (x,y) as parts of width and height, which is missing: draw one per image")
     fill = to_levels(torch.as_tensor(fill, device=x.device, dtype=torch.float32).expand(x.shape[1]))
-    op = torch.full((len(x),), OP[name], device=x.device)
-    return from_levels(apply_ops(to_levels(x), op, m, centre, fill, bilinear), x.dtype)
+    op = torch.full((len(x),1), OP[name], device=x.device)
+    centre = m.new_zeros(len(x),2) if centre is None else centre
+    return from_levels(apply_ops(to_levels(x), plan(op, m[:,None], centre[:,None], *x.shape[2:]), fill, bilinear), x.dtype)
 
 OPS = {o: partial(_single, o) for o in OP_NAMES}
 """Each operation by name: `OPS[name](x, m, centre=None, fill=0., bilinear=False)`, with x (B,C,H,W) float in [0,1] and m (B,) in the units of Table 7,

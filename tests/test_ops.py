@@ -1,9 +1,9 @@
 "The 15 operations against Pillow, and the kernels' two ways (samples picked out, or all computed and chosen) against each other"
 import numpy as np, pytest, torch
 from PIL import Image,ImageDraw,ImageEnhance,ImageOps
-from hba_fastai.ops import OPS,OP_NAMES,AFFINE,apply_ops,from_levels,to_levels
+from hba_fastai.ops import OPS,OP_NAMES,apply_ops,plan,to_levels
 from hba_fastai.policy import PBAPolicy
-from hba_fastai.space import ENHANCERS,GEOMETRIC,TABLE7,Space
+from hba_fastai.space import ENHANCERS,GEOMETRIC,TABLE7
 
 FILL = (125,122,113)
 
@@ -75,11 +75,11 @@ def test_dense_equals_picked(c, n=256):
 def test_apply_ops_is_per_sample(n=300):
     "Each sample of a mixed batch gets what it would get alone"
     g = torch.Generator().manual_seed(0)
-    v,op = to_levels(torch.rand(n, 3, 12, 12, generator=g)),torch.randint(-1, 15, (n,), generator=g)
-    m,centre = torch.rand(n, generator=g)*0.3,torch.rand(n, 2, generator=g)
-    got = apply_ops(v.clone(), op, m, centre, torch.tensor(FILL))
+    v,op = to_levels(torch.rand(n, 3, 12, 12, generator=g)),torch.randint(-1, 15, (n,2), generator=g)
+    m,centre = torch.rand(n, 2, generator=g)*0.3,torch.rand(n, 2, 2, generator=g)
+    got = apply_ops(v.clone(), plan(op, m, centre, 12, 12), torch.tensor(FILL))
     for i in range(n):
-        assert torch.equal(got[i:i+1], apply_ops(v[i:i+1].clone(), op[i:i+1], m[i:i+1], centre[i:i+1], torch.tensor(FILL)))
+        assert torch.equal(got[i:i+1], apply_ops(v[i:i+1].clone(), plan(op[i:i+1], m[i:i+1], centre[i:i+1], 12, 12), torch.tensor(FILL)))
 
 def test_one_level_images_and_tiny_images():
     for size in ((1,1),(2,2),(2,9),(3,3)):

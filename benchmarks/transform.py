@@ -1,0 +1,79 @@
+"""Images per second of the policy against the augmentations that people use, in one run.
+
+    pip install -e '.[bench]' && python benchmarks/transform.py [--device cpu] [--threads 2]
+
+Each line is the best and the median of several rounds; the lines of a size take turns, so that a drift of the machine meets all. Writes results/transform_DEVICE.json and .md.
+"""
+import argparse,time
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.functional import to_pil_image
+from common import *
+from hba_fastai.policy import PBAPolicy
+from hba_fastai.space import Space
+
+def contenders(b, s, device):
+    "{name: function of no argument that augments a batch of b images of s pixels}"
+    g = torch.Generator().manual_seed(0)
+    u = torch.randint(0, 256, (b//8+1,3,max(s//8,1),max(s//8,1)), dtype=torch.uint8, generator=g).repeat(8,1,1,1)[:b].repeat_interleave(8,2).repeat_interleave(8,3)[...,:s,:s].contiguous() # blocks: between noise and photographs
+    x = (u.float()/255).to(device)
+    policy,lam = PBAPolicy(),lambda at: Space().start(at).expand(b,-1).to(device)
+    out = {'copy of the batch': x.clone}
+    for name,at in (('start λ',0.05),('λ = 0',0.5)):
+        l = lam(at)
+        out[f'ours, {name}'] = lambda l=l: policy(x, l)
+        y = x.clone()
+        out[f'ours in place, {name}'] = lambda l=l,y=y: policy.apply(y, policy.draw(l), inplace=True)
+    if device!='cpu': return out
+    pil,ra = [to_pil_image(o) for o in u],v2.RandAugment(2)
+    out['torchvision RandAugment(2), PIL, per image'] = lambda: [ra(o) for o in pil]
+    out['torchvision RandAugment(2), tensors, per image'] = lambda: [ra(o) for o in u]
+    try:
+        from timm.data.auto_augment import rand_augment_transform
+        t = rand_augment_transform('rand-m9-n2-mstd0.5', {})
+        out['timm RandAugment, PIL, per image'] = lambda: [t(o) for o in pil]
+    except ImportError: print('timm is not installed: left out')
+    try:
+        import kornia.augmentation.auto as ka
+        k = ka.RandAugment(n=2, m=9)
+        out['kornia RandAugment, one sub-policy per batch'] = lambda: k(x)
+        out['kornia RandAugment, per image'] = lambda: [k(o[None]) for o in x]
+    except ImportError: print('kornia is not installed: left out')
+    return out
+
+def measure(fs, b, rounds, seconds=0.4, sync=lambda: None):
+    "Images per second of each function in each round, taking turns"
+    out = {k: [] for k in fs}
+    for r in range(rounds+1):
+        for k,f in fs.items():
+            n,t = 0,time.perf_counter()
+            while n<2 or time.perf_counter()-t<seconds: f(); n += 1
+            sync()
+            if r: out[k].append(n*b/(time.perf_counter()-t))
+    return out
+
+def table(d):
+    rows = ['| images | batch | '+' | '.join(('augmentation','images/s, median (lowest, highest)','÷ copy'))+' |','| --- | --- | --- | --- | --- |']
+    for r in d['rows']:
+        for k,v in r['speed'].items(): rows.append(f"| {r['size']}x{r['size']} | {r['batch']} | {k} | {np.median(v):,.0f} ({min(v):,.0f}, {max(v):,.0f}) | {np.median(v)/np.median(r['speed']['copy of the batch']):.4f} |")
+    e = d['environment']
+    return '\n'.join([*rows,'',f"`{e['command']}`, {e['date']}, torch {e['torch']}, torchvision {e['torchvision']}, {e['gpu'] or e['machine']}, {e['threads']} threads, {d['rounds']} rounds.",''])
+
+if __name__=='__main__':
+    ap = argparse.ArgumentParser()
+    ap.add_argument('--device', default='cpu')
+    ap.add_argument('--threads', type=int, default=2)
+    ap.add_argument('--rounds', type=int, default=5)
+    ap.add_argument('--sizes', nargs='+', default=['32x128','224x64','64x128','32x32','32x512'], help='pixels x batch')
+    a = ap.parse_args()
+    torch.set_num_threads(a.threads)
+    rows = []
+    for o in a.sizes:
+        s,b = map(int, o.split('x'))
+        fs = contenders(b, s, a.device)
+        rows.append(dict(size=s, batch=b, speed=measure(fs, b, a.rounds, sync=torch.cuda.synchronize if a.device=='cuda' else lambda: None)))
+        print(s, b, {k: round(float(np.median(v))) for k,v in rows[-1]['speed'].items()}, flush=True)
+    d = dict(rows=rows, rounds=a.rounds, environment=environment())
+    out = RESULTS/f'transform_{a.device}.json'
+    save_json(out, d)
+    out.with_suffix('.md').write_text(table(d))
