@@ -27,7 +27,7 @@ def train(seed, epochs, cbs=None, cutout=True, depth=16, width=1, lr=0.05, wd=0.
     "One training as in Table 8: SGD with momentum 0.9, cosine to zero, not validated on the way. Returns the Learner, its errors in percent and its seconds"
     set_seed(seed)
     dls = cifar_dls(reduced_cifar(seed), cutout=cutout, device=device)
-    learn = Learner(dls, wrn(depth, width), opt_func=partial(SGD, mom=0.9), wd=wd)
+    learn = Learner(dls, wrn(depth, width), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=wd) # weight decay as L2, as in the paper
     learn.remove_cb(ProgressCallback); learn.logger = quiet
     lrs = ParamScheduler({'lr': SchedCos(lr, 0.)})
     t = time.perf_counter()

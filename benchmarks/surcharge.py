@@ -57,11 +57,12 @@ def ratios(model, rounds, batches, device):
     seconds(learn); seconds(learn, HBACallback(seed=0)) # warm up
     rows = {k: [] for k in arms}
     for _ in range(rounds):
+        a = seconds(learn, sync=sync)
         for k,cb in arms.items():
-            a,b,c = seconds(learn, sync=sync),seconds(learn, cb(), sync),seconds(learn, sync=sync)
+            b,c = seconds(learn, cb(), sync),seconds(learn, sync=sync)
             rows[k].append(2*b/(a+c)) # between two plain fits, so that a drift of the machine cancels
+            a = c
     for k,v in rows.items(): out[k] = dict(ratio=float(np.median(v)), low=min(v), high=max(v))
-    share = {}
     with Timed(PolicyTransform, '__call__', sync) as tr,Timed(HBACallback, 'hyper_step', sync) as hy:
         total = sum(seconds(learn, HBACallback(seed=0), sync) for _ in range(rounds))
     share = dict(transform=tr.t/total, hyper_step=hy.t/total)

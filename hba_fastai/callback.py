@@ -7,7 +7,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['LAM_MAX', 'MAX_SKIPPED', 'population', 'PolicyTransform', 'insert_tfm', 'policy_for', 'inner_dl', 'shared_seed',
            'PolicyCallback', 'ScheduleCallback', 'add_params', 'remove_params', 'plain_state_dict', 'keep_state_plain',
-           'HyperBatches', 'split_off', 'only', 'default_hlr', 'HBACallback', 'average']
+           'HyperBatches', 'split_off', 'restrict', 'default_hlr', 'HBACallback', 'average']
 
 # %% ../nbs/07_callback.ipynb #05d97c58
 import random,warnings,weakref
@@ -196,7 +196,7 @@ def keep_state_plain(opt, params:list):
     inner.state_dict = lambda: plain_state_dict(opt, params)
     return lambda: inner.__dict__.pop('state_dict', None)
 
-# %% ../nbs/07_callback.ipynb #42d3ac9d
+# %% ../nbs/07_callback.ipynb #8a48f9d8
 class HyperBatches:
     "An endless stream of batches of `dl`, as plain tensors on `device`"
     def __init__(self, dl, device, seed:int):
@@ -219,9 +219,7 @@ class HyperBatches:
         self.i_pass = i_pass
         for _ in range(place): next(self)
 
-    def close(self): self.it = None
-
-# %% ../nbs/07_callback.ipynb #84327363
+# %% ../nbs/07_callback.ipynb #dc90969c
 def _labels(ds):
     "Label of each item of a classification data set, or None"
     if isinstance(getattr(ds, 'y', None), Tensor) and ds.y.dim()==1: return ds.y.tolist()
@@ -237,7 +235,7 @@ def split_off(ds, share:float, seed:int) -> tuple: # Indices that stay, indices 
     if not 0<len(out)<len(ds): raise ValueError(f"valid={share} of {len(ds)} training items holds out {len(out)}: choose a share that leaves items on both sides")
     return [i for i in range(len(ds)) if i not in out],sorted(out)
 
-def only(dl, idxs:list):
+def restrict(dl, idxs:list):
     "Let the fastai `dl` give the items `idxs` alone, in its own order; returns the function that undoes it"
     if type(dl).get_idxs is not DataLoader.get_idxs: raise ValueError(f"{type(dl).__name__} chooses its items itself, so a share of them cannot be held out: give `valid` a DataLoader")
     n,inner = dl.n,dl.get_idxs
@@ -301,7 +299,7 @@ def _refuse(learn):
     if any(type(m).__name__=='OptimizedModule' or getattr(m, '_compiled_call_impl', None) for m in learn.model.modules()):
         raise ValueError("The model is compiled, and hyper-layers change its layers: search with the model itself (`model._orig_mod`), and compile it for training with ScheduleCallback")
 
-# %% ../nbs/07_callback.ipynb #b17c87ae
+# %% ../nbs/07_callback.ipynb #222a2ea9
 @patch
 def before_fit(self:HBACallback):
     PolicyCallback.before_fit(self)
@@ -322,7 +320,7 @@ def attach(self:HBACallback):
     self.policy,b = policy_for(self.dls)
     self.insert(self.policy, lambda: self.lam, self.sigma)
     self.stream = self._hyper_batches()
-    self.undo.callback(self.stream.close)
+    self.undo.callback(setattr, self, 'stream', None) # with its loader, which holds generators: `export` could not pickle them
     self.lam = self.lam.to(self.generator.device)
     layers = select(get_model(self.model), tuple(o.as_subclass(Tensor) for o in b[:self.dls.n_inp]), self.strategy)
     self.hnet = HyperNet(layers, len(self.z(self.lam)), self.base_seed, self.hnet)
@@ -339,7 +337,7 @@ def attach(self:HBACallback):
     if not self.points: self._note(self.learn.epoch)
     self.attached = True
 
-# %% ../nbs/07_callback.ipynb #125207ab
+# %% ../nbs/07_callback.ipynb #918f784f
 @patch
 def _hyper_batches(self:HBACallback):
     "The stream of validation batches; each process of a distributed training has its own"
@@ -347,10 +345,10 @@ def _hyper_batches(self:HBACallback):
     if isinstance(self.valid, (int,float)):
         keep,out = split_off(train.dataset, self.valid, self.base_seed)
         dl = self._like_valid(train.dataset, len(out))
-        self.undo.callback(only(train, keep))
-        only(dl, out)
+        self.undo.callback(restrict(train, keep))
+        restrict(dl, out)
         dl.before_iter = lambda: [setattr(p, 'split_idx', 1) for p in (dl.after_item,dl.before_batch,dl.after_batch)] # transforms as for validation
-    elif self.valid is not None: dl = self.valid
+    elif self.valid is not None: dl = self.valid.new(shuffle=True) if isinstance(self.valid, DataLoader) else self.valid
     elif len(self.dls.loaders)<2 or not len(self.dls.valid.dataset):
         raise ValueError("The hyper-steps need a validation set and `dls` has none: make it with a `valid_pct` above 0, or hold out a share of the training set with `valid=0.2`")
     else: dl = self._like_valid(self.dls.valid.dataset, len(self.dls.valid.dataset))
@@ -493,7 +491,7 @@ def _schedule(self:HBACallback) -> Schedule:
     at,lam = zip(*self.points)
     return Schedule([a/total for a in at], Space().values(torch.stack(lam)), self.sigma, {**self.provenance, 'epochs': total})
 
-# %% ../nbs/07_callback.ipynb #49856ba3
+# %% ../nbs/07_callback.ipynb #bde225c1
 @patch
 def _file(self:HBACallback):
     name = f'{self.checkpoint}_{rank_distrib()}' if rank_distrib() else self.checkpoint # each process has its own random states
@@ -532,7 +530,7 @@ def _read(self:HBACallback):
     skip = SkipToEpoch(d['epoch'])
     self.learn.add_cb(skip)
     self.undo.callback(self.learn.remove_cb, skip)
-    self.epochs,self.points,self.provenance = d['epochs'],list(zip(d['at'], d['lams'].cpu())),d['provenance']
+    self.seed,self.epochs,self.points,self.provenance = d['seed'],d['epochs'],list(zip(d['at'], d['lams'].cpu())),d['provenance']
     self.schedule = _schedules[self.learn] = self._schedule()
 
 @patch
@@ -544,7 +542,7 @@ def _continue(self:HBACallback):
     self.lam,self.adam,self.count = d['lam'],tuple(d['adam']),d['count']
     for (p,_),q in zip(self.hnet.params, d['phi']): p.data.copy_(q)
     for s,old in zip(_states(self.opt), d['phi_state']): s.update({p:o for (p,_),o in zip(self.hnet.params, old) if o})
-    self.policy.fill,self.stream.seed = d['fill'],d['seed']+rank_distrib()
+    self.policy.fill = d['fill']
     self.stream.go_to(*d['stream'])
     self.generator.set_state(d['generator'].cpu())
     inner_dl(self.dls.train).rng.setstate(d['train_rng'])

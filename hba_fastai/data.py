@@ -15,7 +15,7 @@ from fastai.data.core import TfmdDL
 from fastai.vision.core import TensorImage
 from fastai.vision.augment import IntToFloatTensor
 
-# %% ../nbs/05_data.ipynb #4770f9a7
+# %% ../nbs/05_data.ipynb #6a4c9a80
 class ArrayDataset:
     "Images (N,C,H,W), uint8, and labels (N,), int64, in memory"
     n_inp = 1
@@ -24,6 +24,7 @@ class ArrayDataset:
         self.c,self.loss_func = len(vocab),CrossEntropyLossFlat()
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return TensorImage(self.x[i]),TensorCategory(self.y[i])
+    def new_empty(self): return ArrayDataset(self.x[:0], self.y[:0], self.vocab, self.split_idx)
     def decode(self, o, full=True): return o[0],Category(self.vocab[o[1]])
 
 class ArrayDL(TfmdDL):

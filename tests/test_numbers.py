@@ -43,6 +43,21 @@ def test_too_many_bad_hypergradients_stop_the_search_with_the_reason():
     assert len(learn.hba_schedule)>=1 and all('forward' not in vars(m) for m in learn.model.modules())
     learn.fit(1)
 
+def test_steps_that_overflow_in_half_precision_do_not_count():
+    "A gradient scaler that starts far too high cancels the first weight steps; hyper-steps come after real ones only"
+    from fastai.callback.all import MixedPrecision
+    class AMP(MixedPrecision):
+        "The real autocast and scaler, on the CPU"
+        name,real = 'mixed_precision',0
+        def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.amp.autocast('cpu', dtype=torch.float16),torch.amp.GradScaler('cpu', init_scale=2.**40),[]
+        def before_step(self): super().before_step(); self.real += 1 # not reached by a step that is cancelled
+    class Count(HBACallback):
+        name,steps = 'hba',0
+        def hyper_step(self): self.steps += 1; super().hyper_step()
+    learn,hba,amp = small_learner(n_train=600),Count(),AMP()
+    learn.fit(2, cbs=[hba, amp])
+    assert 0 < amp.real < learn.train_iter==60 and hba.steps==amp.real//2 and hba.schedule.table.isfinite().all()
+
 def test_lambda_saturates():
     class Push(HBACallback):
         name = 'hba'

@@ -45,6 +45,19 @@ def test_resume_without_a_file_starts_anew_and_a_finished_fit_stays_finished(tmp
     assert torch.equal(again.hba_schedule.table, hba.schedule.table)
     assert all(torch.equal(u,v) for u,v in zip(learn.model.state_dict().values(), again.model.state_dict().values()))
 
+def test_resume_in_a_process_with_another_seed_holds_the_same_items_out(tmp_path):
+    "Without a seed of its own a search takes torch's; the checkpoint brings it along"
+    held = []
+    class Held(HBACallback):
+        name = 'hba'
+        def attach(self): super().attach(); held.append(sorted(self.learn.dls.train.get_idxs()))
+    def fit(seed, *stop):
+        learn = small_learner(path=tmp_path); torch.manual_seed(seed)
+        learn.fit(2, cbs=[Held(checkpoint='s', valid=0.3, resume=True), *stop])
+    with pytest.raises(RuntimeError, match='power cut'): fit(1, Stop(1))
+    fit(2)
+    assert len(held)==2 and held[0]==held[1]
+
 @pytest.mark.parametrize('change,match', [(dict(n=3), 'of a fit of 2 epochs and this one has 3'), (dict(T_train=3), 'T_train=2 and this search has 3'),
                                           (dict(strategy='bn'), 'layers='), (dict(model=small_net(n=7)), 'of another model')])
 def test_another_fit_is_refused(change, match, tmp_path):
