@@ -9,7 +9,7 @@ __all__ = ['LAM_MAX', 'MAX_SKIPPED', 'population', 'PolicyTransform', 'insert_tf
            'PolicyCallback', 'ScheduleCallback', 'add_params', 'remove_params', 'plain_state_dict', 'keep_state_plain',
            'HyperBatches', 'split_off', 'restrict', 'default_hlr', 'HBACallback', 'average']
 
-# %% ../nbs/07_callback.ipynb #05d97c58
+# %% ../nbs/07_callback.ipynb #561296ab
 import random,warnings,weakref
 from contextlib import ExitStack,nullcontext
 import torch
@@ -20,7 +20,6 @@ from fastai.basics import *
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import SkipToEpoch
-from fastai.distributed import DistributedDL,rank_distrib
 from fastai.learner import ValueMetric
 from fastai.vision.core import TensorImage,TensorMask,TensorPoint,TensorBBox
 from fastai.vision.augment import IntToFloatTensor,RandTransform
@@ -96,7 +95,7 @@ def policy_for(dls) -> tuple: # (PBAPolicy, two training items as a batch)
     fill = norm.mean.flatten() if norm else None
     return PBAPolicy(fill, skip=[*GEOMETRIC,'Cutout'] if places else []).for_channels(images[0].shape[1]),b
 
-# %% ../nbs/07_callback.ipynb #3cbdf213
+# %% ../nbs/07_callback.ipynb #a7a46c86
 _schedules = weakref.WeakKeyDictionary() # the schedule of the last search of each Learner, kept outside of it so that `export` needs no hba_fastai
 
 @patch(as_prop=True)
@@ -107,7 +106,7 @@ def hba_schedule(self:Learner):
 
 def inner_dl(dl):
     "The loader that a `DistributedDL` splits among processes, or `dl` itself"
-    return dl.dl if isinstance(dl, DistributedDL) else dl
+    return dl.dl if type(dl).__name__=='DistributedDL' else dl # by name: `fastai.distributed` imports only where accelerate is installed
 
 def shared_seed(seed:int|None, device) -> int:
     "`seed`, or torch's current one, below 2^62; the same in all processes of a distributed training"
