@@ -7,13 +7,13 @@ Docs: https://hba-fastai.github.io/hba-fastai/schedule.html.md"""
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'ScheduleError', 'Schedule']
 
-# %% ../nbs/04_schedule.ipynb #bb84220c
+# %% ../nbs/04_schedule.ipynb #636fa286
 import json,math
 from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
-from fastcore.basics import patch,store_attr
+from fastcore.basics import patch
 from .space import *
 
 # %% ../nbs/04_schedule.ipynb #c0b51c3d
@@ -43,15 +43,14 @@ class Schedule:
     def __len__(self): return len(self.progress)
     def __repr__(self): return f'Schedule({len(self)} points, {len(self.space)} hyperparameters, σ={self.sigma:g})'
 
-# %% ../nbs/04_schedule.ipynb #2c6b8e94
+# %% ../nbs/04_schedule.ipynb #79e83171
 @patch
 def at(self:Schedule, pct:float) -> Tensor: # Progress in [0,1] -> values (H,), float64
     "Values at `pct`, by linear interpolation"
-    if not 0<=pct<=1: pct = min(max(pct, 0.), 1.) # pct_train overshoots 1 by rounding
-    i = torch.searchsorted(self.progress, pct).clamp(1, max(len(self)-1, 1)).item()
     if len(self)==1: return self.table[0]
+    i = torch.searchsorted(self.progress, pct).clamp(1, len(self)-1).item()
     a,b = self.progress[i-1:i+1].tolist()
-    return self.table[i-1].lerp(self.table[i], min(max((pct-a)/(b-a), 0.), 1.))
+    return self.table[i-1].lerp(self.table[i], min(max((pct-a)/(b-a), 0.), 1.)) # pct_train overshoots 1 by rounding
 
 @patch
 def values(self:Schedule, pct:float) -> dict: # Progress in [0,1]

@@ -85,7 +85,6 @@ def test_held_out_items_are_not_trained_on_and_stratified(share):
             super().hyper_step(); self.stream = stream
         def attach(self):
             super().attach()
-            inner = dls.train.create_batches
             self.ids = dls.train.get_idxs()
     hba = See(valid=share, T_train=1)
     learn.fit(4, cbs=hba)
