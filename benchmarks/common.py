@@ -8,7 +8,7 @@ from fastai.vision.core import TensorImage
 from torch import nn
 import torch.nn.functional as F
 from hba_fastai.data import array_dls
-from hba_fastai.ops import cutout
+from hba_fastai.ops import hole_lines
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE/'results'
@@ -64,17 +64,18 @@ def wrn(depth=16, width=1, c=10):
 # --- the baseline augmentation of the paper: policy, then flip and crop, Normalize, then Cutout of half the image
 
 class FlipCrop(RandTransform):
-    "Each image flipped with probability ½ and shifted by up to 4 pixels, zeros (the mean) outside; after Normalize"
+    "Each image flipped with probability ½ and shifted by up to `pad` pixels, zeros (the mean) outside; after Normalize"
     order,split_idx = 100,0
+    def __init__(self, pad=4, flip=True): super().__init__(p=1.); self.pad,self.flip = pad,flip
     def encodes(self, x:TensorImage):
-        v,n = x.as_subclass(torch.Tensor),len(x)
+        v,n,pad = x.as_subclass(torch.Tensor),len(x),self.pad
         h,w = v.shape[2:]
-        dy,dx = torch.randint(0, 9, (2,n,1,1), device=v.device)
+        dy,dx = torch.randint(0, 2*pad+1, (2,n,1,1), device=v.device)
         ix = torch.arange(w, device=v.device).expand(n,h,w)
-        ix = torch.where(torch.rand(n,1,1, device=v.device)<0.5, w-1-ix, ix) + dx
+        ix = torch.where(torch.rand(n,1,1, device=v.device)<0.5*self.flip, w-1-ix, ix) + dx
         iy = torch.arange(h, device=v.device)[:,None].expand(n,h,w) + dy
-        i = (iy*(w+8)+ix).flatten(1)[:,None].expand(-1,v.shape[1],-1)
-        return F.pad(v, (4,4,4,4)).flatten(2).gather(2, i).view_as(v)
+        i = (iy*(w+2*pad)+ix).flatten(1)[:,None].expand(-1,v.shape[1],-1)
+        return F.pad(v, (pad,)*4).flatten(2).gather(2, i).view_as(v)
 
 class CutoutTfm(RandTransform):
     "A square of half the image at a uniform centre becomes 0 (the mean); last"
@@ -82,7 +83,8 @@ class CutoutTfm(RandTransform):
     def __init__(self, size=0.5): super().__init__(p=1.); self.size = size
     def encodes(self, x:TensorImage):
         v = x.as_subclass(torch.Tensor)
-        return cutout(v, torch.full((len(v),), self.size, device=v.device), torch.rand(len(v),2, device=v.device), torch.zeros(v.shape[1], device=v.device))
+        row,col = hole_lines(torch.full((len(v),), self.size, device=v.device), torch.rand(len(v),2, device=v.device), *v.shape[2:])
+        return v.masked_fill((row[:,None,:,None] & col[:,None,None,:]).bool(), 0.)
 
 MEAN,STD = (0.4914,0.4822,0.4465),(0.2470,0.2435,0.2616)
 

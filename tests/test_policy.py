@@ -73,3 +73,21 @@ def test_untouched_images_are_bit_equal():
     d = policy.draw(Space().start().expand(500,-1), gen(0))
     same = (policy.apply(x, d)==x).flatten(1).all(1)
     assert same[d.op[:,0]<0].all() and not same.all()
+
+def test_no_step_waits_for_the_device():
+    "On the meta device, which has no data, whatever must know a value fails; and no constant may come from the host"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    class Alone(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            host = [o for o in tree_leaves((args,kwargs)) if isinstance(o, torch.Tensor) and o.device.type=='cpu']
+            assert not host, f'{func} takes a tensor of the host'
+            return func(*args, **(kwargs or {}))
+    for fill in (0.5,torch.rand(3)):
+        policy = PBAPolicy(fill).to('meta')
+        lam,x = torch.zeros(8,54, device='meta', requires_grad=True),torch.rand(8,3,16,16, device='meta')
+        with Alone():
+            d = policy.draw(lam.detach().repeat(8,1)[:8])
+            for v in (x,x.to(torch.uint8)): assert policy.apply(v, d).shape==x.shape
+            policy.features(d)
+            policy.expected(lam[0]).sum().backward()
