@@ -11,6 +11,14 @@ from hba_fastai.data import array_dls
 from hba_fastai.ops import hole_lines
 
 HERE = Path(__file__).resolve().parent
+
+def _cpu(): # jiffies of all processors: all, and those that other machines on the host took
+    try: v = [int(o) for o in open('/proc/stat').readline().split()[1:9]]
+    except OSError: return 0,0
+    return sum(v),v[7]
+
+BEGAN = _cpu()
+
 RESULTS = HERE/'results'
 SHARED = HERE.parents[1]/'shared'
 CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
@@ -106,12 +114,12 @@ def error_on(learn, dl):
     return 100*wrong/n
 
 def environment():
-    "Command, versions, machine and date, for a result file"
+    "Command, versions, machine and date, for a result file; `stolen` is the share of processor time that other machines on the same host took since the start"
     import fastai,torchvision,hba_fastai
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if 'model name' in l), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
     return dict(command=' '.join(['python',*sys.argv]), date=datetime.date.today().isoformat(), python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
                 torchvision=torchvision.__version__, hba_fastai=hba_fastai.__version__, machine=f'{cpu}, {os.cpu_count()} cores', threads=torch.get_num_threads(),
-                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+                stolen=round((_cpu()[1]-BEGAN[1])/max(_cpu()[0]-BEGAN[0], 1), 3), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 def save_json(path, d):
     "Write atomically, so that a run that is cut off leaves the old file or the new one"

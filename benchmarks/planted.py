@@ -9,7 +9,7 @@ A search recovers the shift when the planted operation, its two copies together,
 
 Each run appends one line to results/planted/TASK/CONFIG.jsonl. Seconds are CPU seconds of a process with one thread, so that runs may go side by side.
 """
-import argparse,math,time
+import argparse,time
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -69,33 +69,16 @@ TASKS = { # sets, network, batch, epochs, learning rate, weight decay, shifts, p
 
 # --- configurations
 
-def shared_adam(lam, g, state, lr, b1=0.9, b2=0.999, eps=1e-12, kind='all'):
-    "Adam whose second moment is the mean over all hyperparameters, or over the probabilities and over the magnitudes: small gradients make small steps"
-    m,v,t = state
-    m,v,t = m.lerp(g, 1-b1),v.lerp(g*g, 1-b2),t+1
-    mean = lambda v: v.mean().expand(len(v))
-    u = mean(v) if kind=='all' else torch.cat([mean(v[:30]),mean(v[30:])])
-    return lam - lr*(m/(1-b1**t)) / ((u/(1-b2**t)).sqrt()+eps),(m,v,t),g.isfinite().all()
-
 class Variant(HBACallback):
     "`HBACallback` with what was tried and did not become an option"
-    def __init__(self, travel=None, b1=0.9, b2=0.999, antithetic=False, tied=False, hyper_bs=None, warm=0., cool=False, lr_v=1., phi_u=None, decay=False, start_p=None, start_m=None, floor=None, whiten=None, shared=None, **kwargs):
+    def __init__(self, travel=None, b1=0.9, antithetic=False, hyper_bs=None, lr_v=1., decay=False, whiten=None, by_kind=False, **kwargs):
         super().__init__(**kwargs)
-        if start_p: self.lam[:30] = math.log(start_p/(1-start_p))
-        if start_m: self.lam[30:] = math.log(start_m/(1-start_m))
-        self.floor,self.whiten,self.shared,self.D = floor,whiten,shared,None
-        self.travel,self.b1,self.b2,self.antithetic,self.tied,self.hyper_bs,self.warm,self.cool,self.lr_v,self.phi_u,self.decay = travel,b1,b2,antithetic,tied,hyper_bs,warm,cool,lr_v,phi_u,decay
+        self.travel,self.b1,self.antithetic,self.hyper_bs,self.lr_v,self.decay,self.whiten,self.by_kind,self.scale = travel,b1,antithetic,hyper_bs,lr_v,decay,whiten,by_kind,None
 
     def attach(self):
         super().attach()
-        n = self.n_epoch*len(self.dls.train)//self.T_train*self.T_val
-        if self.travel: self.rate = self.travel/n
-        self.rate0 = self.rate
+        if self.travel: self.rate = self.travel/(self.n_epoch*len(self.dls.train)//self.T_train*self.T_val)
         if self.hyper_bs: self.stream.dl = self.stream.dl.new(bs=self.hyper_bs)
-        g = torch.Generator().manual_seed(self.base_seed)
-        for l in self.hnet.layers:
-            for u in l.U.values():
-                if self.phi_u: u.data = torch.randn(u.shape, generator=g)*self.phi_u
         if self.decay:
             for p,_ in self.hnet.params: self.opt.state[p].pop('do_wd', None)
 
@@ -103,64 +86,79 @@ class Variant(HBACallback):
         "With `whiten`: features in units of their standard deviation at the start, times `whiten`"
         z = super().z(lam)
         if not self.whiten: return z
-        if self.D is None:
+        if self.scale is None:
             g = torch.Generator().manual_seed(0)
             many = lam.detach() + self.sigma*torch.randn(20_000, len(lam), generator=g)
             sd = (self.policy.features(self.policy.draw(many, g)) if self.condition=='dose' else many).std(0)
-            self.D = torch.where(sd>1e-6, self.whiten/sd, 0)
-        return z*self.D
+            self.scale = torch.where(sd>1e-6, self.whiten/sd, 0)
+        return z*self.scale
 
     def _z_batch(self):
         if not self.whiten: return super()._z_batch()
-        return (self.policy.features(self.tfm.drawn) if self.condition=='dose' else self.tfm.lam_i)*self.D-self.ref
+        return (self.policy.features(self.tfm.drawn) if self.condition=='dose' else self.tfm.lam_i)*self.scale-self.ref
 
     def after_backward(self):
         super().after_backward()
         for l in self.hnet.layers:
             for v in l.V.values(): v.grad *= self.lr_v
 
-    def after_batch(self):
-        if self.pct_train<self.warm: self.count = 0
-        super().after_batch()
-
     def hyper_step(self):
-        if self.cool: self.rate = self.rate0*math.cos(math.pi/2*self.pct_train)
-        def average(g): # the two copies of an operation get the mean of their gradients
-            a,b = g[:30].view(2,15).mean(0),g[30:].view(2,12).mean(0)
-            return torch.cat([a,a,b,b])
-        adam = partial(shared_adam if self.shared else hba_callback.adam, b1=self.b1, b2=self.b2, **({'kind': self.shared} if self.shared else {}))
-        with mock.patch.object(hba_callback, 'adam', adam),mock.patch.object(hba_callback, 'average', average if self.tied else hba_callback.average): super().hyper_step()
-        if self.floor: # keeps every operation alive, so that its effect can still be seen
-            lam = self.lam.clamp(min=math.log(self.floor/(1-self.floor)))
-            ref = self.z(lam).detach()
-            self.hnet.fold(ref-self.ref)
-            self.lam,self.ref = lam,ref
+        adam = partial(adam_by_kind if self.by_kind else hba_callback.adam, b1=self.b1)
+        with mock.patch.object(hba_callback, 'adam', adam): super().hyper_step()
+
+def adam_by_kind(lam, g, state, lr, joint, b1=0.9, b2=0.999):
+    "Adam with one second moment for the probabilities and one for the magnitudes"
+    m,v,t = state
+    m,v,t = m.lerp(g, 1-b1),v.lerp(g*g, 1-b2),t+1
+    u = torch.cat([o.mean().expand(len(o)) for o in (v[:30],v[30:])])
+    return lam - lr*(m/(1-b1**t)) / ((u/(1-b2**t)).sqrt()+1e-12),(m,v,t),g.isfinite().all()
 
 def pairs(lam, sigma, n, generator, active):
     "As `population`, in pairs +ε and -ε"
     e = torch.randn((n+1)//2, len(lam), generator=generator)
     return lam + sigma*active*torch.cat([e,-e])[:n]
 
-PAPER = dict(condition='lambda', centred=False, decay=True)
-CONFIGS = {'lambda': {}, 'dose': dict(condition='dose'), 'paper': PAPER}
-for t in (5,10,20,45,90): CONFIGS[f'dose_t{t}'] = dict(condition='dose', travel=t); CONFIGS[f'lambda_t{t}'] = dict(travel=t)
-for b in (0.5,0.99): CONFIGS[f'dose_b{b}'] = dict(condition='dose', b1=b); CONFIGS[f'dose_t20_b{b}'] = dict(condition='dose', b1=b, travel=20)
-
-D = dict(condition='dose')
-CONFIGS |= {'floor': {**D, 'floor': 0.02}, 'm3': {**D, 'start_m': 0.3}, 'm3_floor': {**D, 'start_m': 0.3, 'floor': 0.02}, 'white': {**D, 'whiten': 0.3}, 'white1': {**D, 'whiten': 1.},
-  'white_floor': {**D, 'whiten': 0.3, 'floor': 0.02}, 'white_m3': {**D, 'whiten': 0.3, 'start_m': 0.3}, 'white_m3_floor': {**D, 'whiten': 0.3, 'start_m': 0.3, 'floor': 0.02},
-  'white_m3_floor_b99': {**D, 'whiten': 0.3, 'start_m': 0.3, 'floor': 0.02, 'b1': 0.99}, 'white_m3_p1_floor': {**D, 'whiten': 0.3, 'start_m': 0.3, 'start_p': 0.1, 'floor': 0.02},
-  'white_m3_floor_t20': {**D, 'whiten': 0.3, 'start_m': 0.3, 'floor': 0.02, 'travel': 20}, 'white_m3_floor_warm': {**D, 'whiten': 0.3, 'start_m': 0.3, 'floor': 0.02, 'warm': 0.2}}
-
-B = {**D, 'start_m': 0.3, 'floor': 0.02}
-CONFIGS |= {'shared': {**D, 'shared': 'all'}, 'm3_floor_shared': {**B, 'shared': 'all'}, 'm3_floor_kind': {**B, 'shared': 'kind'}, 'white_m3_floor_shared': {**B, 'whiten': 0.3, 'shared': 'all'},
-  'white_m3_floor_kind': {**B, 'whiten': 0.3, 'shared': 'kind'}, 'm3_floor_shared_b99': {**B, 'shared': 'all', 'b1': 0.99}, 'm3_floor_shared_t20': {**B, 'shared': 'all', 'travel': 20},
-  'm3_floor_shared_anti': {**B, 'shared': 'all', 'antithetic': True}, 'm3_floor_shared_s2': {**B, 'shared': 'all', 'sigma': 2.}, 'm3_floor_shared_s05': {**B, 'shared': 'all', 'sigma': 0.5}}
-
-S = {**B, 'shared': 'all'}
-CONFIGS |= {'S_bn': {**S, 'strategy': 'bn'}, 'S_first_conv': {**S, 'strategy': 'first_conv'}, 'S_conv1bn1': {**S, 'strategy': 'first_conv+first_bn'}, 'S_conv+bn': {**S, 'strategy': 'conv+bn'}, 'S_warm': {**S, 'warm': 0.2},
-  'S_hbs4': {**S, 'hyper_bs': 512}, 'S_p1': {**S, 'start_p': 0.1}, 'S_m5': {**S, 'start_m': 0.5}, 'S_lrv5': {**S, 'lr_v': 5.}, 'S_cool': {**S, 'cool': True}, 'S_T1': {**S, 'T_train': 1}, 'S_f04': {**S, 'floor': 0.04},
-  'S_lambda': {**S, 'condition': 'lambda'}, 'S_p1_f05': {**S, 'start_p': 0.1, 'floor': 0.05}, 'S_t20': {**S, 'travel': 20}, 'S_t10': {**S, 'travel': 10}}
+FIRST = dict(centred=True, start=0.05, floor=0.001, warmup=0., joint=False) # what the package began with
+D = {**FIRST, 'condition': 'dose'}
+B = {**D, 'start': (0.05,0.3), 'floor': 0.02}
+S = {**B, 'joint': True}
+PAPER = {**FIRST, 'condition': 'lambda', 'centred': False}
+CONFIGS = { # what it is, arguments
+  'default': ('W, the defaults of the package: S with warm-up 0.3', {}),
+  'paper': ('`HBACallback.paper()`', PAPER), 'paper_decay': ('the same, φ decayed', {**PAPER, 'decay': True}),
+  'lambda': ('centred, conditioned on λ', {**FIRST, 'condition': 'lambda'}),
+  'lambda_w': ('conditioned on λ, else as W', {'condition': 'lambda'}),
+  'dose': ('centred, conditioned on the dose', D),
+  'white': ('dose, features scaled to a standard deviation of 0.3', {**D, 'whiten': 0.3}),
+  'white1': ('dose, features scaled to a standard deviation of 1', {**D, 'whiten': 1.}),
+  'shared': ('dose, joint second moment', {**D, 'joint': True}),
+  'm3_floor': ('B: dose, magnitudes start at 0.3, floor 0.02', B),
+  'white_m3_floor': ('B, features scaled to 0.3', {**B, 'whiten': 0.3}),
+  'm3_floor_kind': ('B, a second moment for probabilities and one for magnitudes', {**B, 'by_kind': True}),
+  'm3_floor_shared': ('S: B with joint second moment', S),
+  'S_bn': ('S, all batch norms', {**S, 'strategy': 'bn'}),
+  'S_conv1bn1': ('S, first convolution and first batch norm', {**S, 'strategy': 'first_conv+first_bn'}),
+  'S_p1_f05': ('S, probabilities start at 0.1, floor 0.05', {**S, 'start': (0.1,0.3), 'floor': 0.05}),
+  'S_warm': ('S, warm-up 0.2', {**S, 'warmup': 0.2}),
+  'W5': ('S with warm-up 0.5', {'warmup': 0.5}),
+  'W_bn': ('W, all batch norms', {'strategy': 'bn'}),
+  'W_conv1bn1': ('W, first convolution and first batch norm', {'strategy': 'first_conv+first_bn'}),
+  'W_first_conv': ('W, first convolution', {'strategy': 'first_conv'}), 'W_conv': ('W, all convolutions', {'strategy': 'conv'}),
+  'W_conv+bn': ('W, all convolutions and batch norms', {'strategy': 'conv+bn'}),
+  'W_white': ('W, features scaled to 0.3', {'whiten': 0.3}),
+  'W_bn_white': ('W, all batch norms, features scaled to 0.3', {'strategy': 'bn', 'whiten': 0.3}),
+  'W_hbs4': ('W, hyper-batches of 512', {'hyper_bs': 512}),
+  'W_hbs4_bn': ('W, all batch norms, hyper-batches of 512', {'hyper_bs': 512, 'strategy': 'bn'}),
+  'W_lrv5': ('W, φ_V learns 5 times as fast', {'lr_v': 5.}),
+  'W_adam': ('W without joint second moment', {'joint': False}),
+  'W_p1': ('W, probabilities start at 0.1, floor 0.05', {'start': (0.1,0.3), 'floor': 0.05}),
+  'W_b97': ('W, first moment over 30 steps', {'b1': 0.97}),
+  'W_t20': ('W, hyper learning rate 20/steps', {'travel': 20}),
+  'W_s05': ('W, σ = 0.5', {'sigma': 0.5}),
+  'W_s2': ('W, σ = 2', {'sigma': 2.}),
+  'W_T1': ('W, a hyper-step after every step', {'T_train': 1}),
+  'W_pairs': ('W, ε in pairs +ε, -ε', {'antithetic': True}),
+  'W_raw': ('W, un-centred', {'centred': False})}
 
 # --- one run
 
@@ -192,13 +190,13 @@ def run(task, config, shift, seed):
     tfms = [Normalize.from_stats(MEAN, STD), FlipCrop(pad, flip=task!='digits')]
     learn = Learner(array_dls(a, b, c, vocab=CLASSES, bs=bs, batch_tfms=tfms), net(), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=wd)
     learn.remove_cb(ProgressCallback); learn.logger = quiet
-    hba,t = Variant(**{'seed': seed, **CONFIGS[config]}),time.process_time()
+    hba,t = Variant(seed=seed, **CONFIGS[config][1]),time.process_time()
     with mock.patch.object(hba_callback, 'population', pairs if hba.antithetic else hba_callback.population):
         learn.fit(epochs, lr, cbs=[ParamScheduler({'lr': SchedCos(lr, 0.)}), NoValid(), hba])
     t = time.process_time()-t
     pixel,hard = doses(a[0][:256].float()/255, hba.lam.double())
     return dict(shift=shift, seed=seed, pixel=pixel, severity=hard, lam=[round(o, 3) for o in hba.lam.tolist()], test_error=error_on(learn, learn.dls[2]), cpu_seconds=round(t, 1),
-                rate=hba.rate0, moments=hba.moments.tolist(), points=[[round(v, 2) for v in l.tolist()] for _,l in hba.points[::max(1, epochs//6)]])
+                rate=hba.rate, moments=hba.moments.tolist(), points=[[round(v, 2) for v in l.tolist()] for _,l in hba.points[::max(1, epochs//6)]])
 
 def rank(r, kind='pixel'):
     "Place of the planted operation among the doses, 0 for the largest"
@@ -209,23 +207,60 @@ def read(task, config):
     f = OUT/task/f'{config}.jsonl'
     return [json.loads(l) for l in f.read_text().splitlines()] if f.exists() else []
 
+def wilson(k, n, z=1.96):
+    "95% interval of a share"
+    mid,half = (k+z*z/2)/(n+z*z),z*((k*(n-k)/n + z*z/4)**0.5)/(n+z*z)
+    return mid-half,mid+half
+
+def signals(rs):
+    "`signal` of `HBACallback.report` of the planted operation, and of the others"
+    plant,rest = [],[]
+    for r in rs:
+        _,g,g2 = np.array(r['moments'])
+        z = -(g[:15]+g[15:30]) / np.sqrt(2*(g2[:15]+g2[15:30])+1e-30)
+        for o,v in zip(OP_NAMES, z): (plant if o==r['shift'] else rest).append(v)
+    return np.array(plant),np.array(rest)
+
+ABOUT = {'digits': 'digits, 16 pixels, a network of three convolutions, 500 images, 30 epochs (150 hyper-steps without warm-up)',
+         'cifar16': 'CIFAR-10 JPEG at 16 pixels, WRN-10-1, 4,000 images, 20 epochs (310 hyper-steps)', 'cifar': 'CIFAR-10 JPEG, WRN-10-1, 4,000 images, 30 epochs (465 hyper-steps)',
+         'wrn16': 'CIFAR-10 JPEG, WRN-16-1, 4,000 images, 60 epochs'}
+
+def table():
+    "All results as Markdown"
+    out = []
+    for task,about in ABOUT.items():
+        if not (OUT/task).exists(): continue
+        out += [f'**{task}**: {about}; shifts: {", ".join(TASKS[task][6])}.', '', '| configuration | runs | top-1 (95% interval) | top-3 (95% interval) | top-1 by severity | places of the planted operation, per shift | signal: planted, median (others, 95% quantile) | error % on the shifted test set | CPU s |', '| --- '*9+'|']
+        for c,(what,_) in CONFIGS.items():
+            rs = read(task, c)
+            if not rs: continue
+            k,n = [rank(r)+1 for r in rs],len(rs)
+            share = lambda j: '{:.2f} ({:.2f}, {:.2f})'.format(sum(p<=j for p in k)/n, *wilson(sum(p<=j for p in k), n))
+            by = ' '.join(f"{s}:{','.join(str(p) for p,r in zip(k, rs) if r['shift']==s)}" for s in TASKS[task][6])
+            plant,rest = signals(rs)
+            out.append(f"| {what} | {n} | {share(1)} | {share(3)} | {sum(rank(r, 'severity')==0 for r in rs)/n:.2f} | {by} | {np.median(plant):.1f} ({np.quantile(rest, 0.95):.1f}) | "
+                       f"{np.mean([r['test_error'] for r in rs]):.1f} | {np.mean([r['cpu_seconds'] for r in rs]):.0f} |")
+        e = rs[-1]['environment'] if (rs:=read(task, next(c for c in CONFIGS if read(task, c)))) else {}
+        out += ['', f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
+    return '\n'.join(out)
+
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
-    ap.add_argument('--task', default='cifar', choices=list(TASKS))
-    ap.add_argument('--configs', nargs='+', default=['dose'])
+    ap.add_argument('--task', default='cifar16', choices=list(TASKS))
+    ap.add_argument('--configs', nargs='+', default=['default','paper'], choices=list(CONFIGS))
     ap.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     ap.add_argument('--shifts', nargs='+')
     ap.add_argument('--worker', default='0/1', help='which part of the runs: this process / number of processes')
+    ap.add_argument('--table', action='store_true', help='only write the table')
     a = ap.parse_args()
     torch.set_num_threads(1)
     k,n = map(int, a.worker.split('/'))
-    for config in a.configs:
-        todo = [(sh,s) for s in a.seeds for sh in a.shifts or TASKS[a.task][6]]
-        for sh,s in todo[k::n]:
+    for config in [] if a.table else a.configs:
+        for sh,s in [(sh,s) for s in a.seeds for sh in a.shifts or TASKS[a.task][6]][k::n]:
             if any(r['shift']==sh and r['seed']==s for r in read(a.task, config)): continue
-            r = run(a.task, config, sh, s)
-            f = OUT/a.task/f'{config}.jsonl'
+            r,f = run(a.task, config, sh, s),OUT/a.task/f'{config}.jsonl'
             f.parent.mkdir(parents=True, exist_ok=True)
             with f.open('a') as o: o.write(json.dumps({**r, 'environment': environment()})+'\n')
             top = sorted(r['pixel'], key=r['pixel'].get, reverse=True)[:3]
-            print(a.task, config, sh, s, 'rank', rank(r), rank(r, 'severity'), [(o, round(r['pixel'][o],3)) for o in top], f"{r['test_error']:.1f}% {r['cpu_seconds']:.0f}s", flush=True)
+            print(a.task, config, sh, s, 'place', rank(r)+1, [(o, round(r['pixel'][o],3)) for o in top], f"{r['test_error']:.1f}% {r['cpu_seconds']:.0f}s", flush=True)
+    OUT.with_suffix('.md').write_text(table())

@@ -1,16 +1,18 @@
-"""What a search costs: time and memory of a fit with HBACallback ÷ the same fit without it, in one run.
+"""What a search costs: time and memory of a fit with HBACallback ÷ the same fit without it, in one run. Time is CPU seconds on a CPU.
 
-    python benchmarks/surcharge.py [--models wrn-16-2 resnet18] [--device cpu] [--threads 2]
+    python benchmarks/surcharge.py [--models wrn-16-2 resnet18] [--device cpu] [--threads 1]
 
-Plain fits and searches of the same few batches alternate, and the ratio is the median over rounds, with its spread. Writes results/surcharge_DEVICE.json and .md.
+Plain fits and searches of the same few batches alternate, and the ratio is the median over rounds, with its spread; attaching and detaching are part of a fit. Also a torch.profiler
+profile of one training step, one transform and one hyper-step, and the peak of memory (see `peak`). Writes results/surcharge_DEVICE.json and .md.
 """
-import argparse,resource,subprocess,time
+import argparse,time
 import torch
 from fastai.callback.core import Callback,CancelValidException
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from functools import partial
+from unittest import mock
 from common import *
 from hba_fastai.callback import HBACallback,ScheduleCallback,PolicyTransform
 from hba_fastai.schedule import Schedule
@@ -37,55 +39,91 @@ class Timed:
     def __init__(self, cls, name, sync): self.cls,self.name,self.f,self.t,self.sync = cls,name,getattr(cls,name),0.,sync
     def __enter__(self):
         def timed(*a, **k):
-            self.sync(); t = time.perf_counter()
+            self.sync(); t = clock()
             try: return self.f(*a, **k)
-            finally: self.sync(); self.t += time.perf_counter()-t
+            finally: self.sync(); self.t += clock()-t
         setattr(self.cls, self.name, timed); return self
     def __exit__(self, *a): setattr(self.cls, self.name, self.f)
 
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time # CPU seconds: another machine on the same host takes nothing from them
+
 def seconds(learn, cb=None, sync=lambda: None):
-    sync(); t = time.perf_counter()
+    sync(); t = clock()
     learn.fit(1, 1e-3, cbs=[NoValid(), *([cb] if cb else [])])
-    sync(); return time.perf_counter()-t
+    sync(); return clock()-t
 
 def ratios(model, rounds, batches, device):
-    "Ratio of the times for each strategy and for the replay, and the shares of a search"
+    "Ratio of the times for each strategy and for the replay, and the shares of a search; two rounds for all but the default"
     sync = torch.cuda.synchronize if device=='cuda' else lambda: None
-    learn,out = learner(model, batches, device),{}
+    learn = learner(model, batches, device)
     start = Schedule([0.], Space().values(Space().start())[None])
-    arms = {'plain again': lambda: None, **{s: (lambda s=s: HBACallback(s, seed=0)) for s in STRATEGIES}, 'first_bn, dose': lambda: HBACallback(condition='dose', seed=0), 'replay': lambda: ScheduleCallback(start, seed=0)}
+    arms = {'first_bn': lambda: HBACallback(seed=0), 'plain again': lambda: None, **{s: (lambda s=s: HBACallback(s, seed=0)) for s in STRATEGIES[1:]},
+            'first_bn, conditioned on λ': lambda: HBACallback(condition='lambda', seed=0), 'replay': lambda: ScheduleCallback(start, seed=0)}
     seconds(learn); seconds(learn, HBACallback(seed=0)) # warm up
     rows = {k: [] for k in arms}
-    for _ in range(rounds):
+    for r in range(rounds):
         a = seconds(learn, sync=sync)
         for k,cb in arms.items():
+            if r>=2 and k not in ('first_bn','plain again'): continue
             b,c = seconds(learn, cb(), sync),seconds(learn, sync=sync)
             rows[k].append(2*b/(a+c)) # between two plain fits, so that a drift of the machine cancels
             a = c
-    for k,v in rows.items(): out[k] = dict(ratio=float(np.median(v)), low=min(v), high=max(v))
-    with Timed(PolicyTransform, '__call__', sync) as tr,Timed(HBACallback, 'hyper_step', sync) as hy:
-        total = sum(seconds(learn, HBACallback(seed=0), sync) for _ in range(rounds))
-    share = dict(transform=tr.t/total, hyper_step=hy.t/total)
-    return dict(ratios=out, share_of_search=share)
+    with Timed(PolicyTransform, '__call__', sync) as tr,Timed(HBACallback, 'hyper_step', sync) as hy,Timed(Learner, '_do_one_batch', sync) as st:
+        total = seconds(learn, HBACallback(seed=0), sync)
+    return dict(ratios={k: dict(ratio=float(np.median(v)), low=min(v), high=max(v), rounds=len(v)) for k,v in rows.items()},
+                share_of_search=dict(transform=tr.t/total, forward_backward_step=st.t/total, hyper_step=hy.t/total), steps=batches, hyper_steps=batches//2,
+                hyper_step_in_training_steps=(hy.t/(batches//2))/(st.t/batches))
+
+class Profiled:
+    "Profiles the call number `at` of a method"
+    def __init__(self, cls, name, at, device): self.cls,self.name,self.f,self.at,self.n,self.device,self.prof = cls,name,getattr(cls,name),at,0,device,None
+    def __enter__(self):
+        P = torch.profiler
+        def call(*a, **k):
+            self.n += 1
+            if self.n!=self.at: return self.f(*a, **k)
+            with P.profile(activities=[P.ProfilerActivity.CPU, *([P.ProfilerActivity.CUDA] if self.device=='cuda' else [])]) as self.prof: return self.f(*a, **k)
+        setattr(self.cls, self.name, call); return self
+    def __exit__(self, *a): setattr(self.cls, self.name, self.f)
+    def rows(self, n=9):
+        "The calls with the most time of their own, in parts of all"
+        own = (lambda e: e.self_device_time_total) if self.device=='cuda' else (lambda e: e.self_cpu_time_total)
+        es = sorted(self.prof.key_averages(), key=own, reverse=True)
+        total = sum(map(own, es))
+        return dict(total_ms=total/1000, top=[[e.key, own(e)/total, e.count] for e in es[:n]])
+
+def profile(model, device):
+    "Where the time of one training step, of the transform of its batch and of one hyper-step goes"
+    learn = learner(model, 8, device)
+    with Profiled(Learner, '_do_one_batch', 6, device) as a,Profiled(PolicyTransform, '__call__', 6, device) as b,Profiled(HBACallback, 'hyper_step', 3, device) as c: seconds(learn, HBACallback(seed=0))
+    return {'training step (forward, backward, optimizer)': a.rows(), 'policy transform': b.rows(), 'hyper-step': c.rows()}
 
 def peak(model, strategy, batches, device):
-    "Peak memory of one fit in a process of its own, in MiB, above what the process had before it"
-    learn = learner(model, batches, device)
-    if device=='cuda': torch.cuda.reset_peak_memory_stats()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
-    learn.fit(1, 1e-3, cbs=[NoValid(), *([HBACallback(strategy, seed=0)] if strategy!='plain' else [])])
-    if device=='cuda': return torch.cuda.max_memory_allocated()/2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 - before
+    "MiB of one fit at its peak: allocated on the GPU; on a CPU, where the memory of a process is mostly noise of the allocator, the tensors kept for one backward pass"
+    learn,cbs = learner(model, batches, device),[NoValid(), *([HBACallback(strategy, seed=0)] if strategy!='plain' else [])]
+    if device=='cuda':
+        torch.cuda.reset_peak_memory_stats()
+        learn.fit(1, 1e-3, cbs=cbs)
+        return torch.cuda.max_memory_allocated()/2**20
+    held,most = {},[]
+    def keep(t): held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
+    def fresh(cls, name):
+        def call(*a, f=getattr(cls, name), **k): held.clear(); f(*a, **k); most.append(sum(held.values()))
+        return mock.patch.object(cls, name, call)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),fresh(Learner, '_do_one_batch'),fresh(HBACallback, 'hyper_step'): learn.fit(1, 1e-3, cbs=cbs)
+    return max(most)/2**20
 
 def table(d):
     rows = []
     for m,r in d['models'].items():
-        rows += [f'**{m}**, images of {MODELS[m][1]} pixels, batch {MODELS[m][2]}','','| fit | time ÷ plain (lowest, highest of {} rounds) | peak memory ÷ plain |'.format(d['rounds']),'| --- | --- | --- |']
+        rows += [f'**{m}**, images of {MODELS[m][1]} pixels, batch {MODELS[m][2]}','','| fit | time ÷ plain (lowest, highest; rounds) | memory ÷ plain |','| --- | --- | --- |']
         for k,v in r['ratios'].items():
             mem = r['memory'].get(k)
-            rows.append('| {} | {:.2f} ({:.2f}, {:.2f}) | {} |'.format(k, v['ratio'], v['low'], v['high'], '{:.2f}'.format(mem/r['memory']['plain']) if mem else ''))
+            rows.append('| {} | {:.2f} ({:.2f}, {:.2f}; {}) | {} |'.format(k, v['ratio'], v['low'], v['high'], v['rounds'], '{:.2f}'.format(mem/r['memory']['plain']) if mem else ''))
         s = r['share_of_search']
-        rows += ['', f"Of the search with first_bn, the policy transform takes {s['transform']:.1%} and the hyper-steps {s['hyper_step']:.1%}.", '']
+        rows += ['', f"Of a search with the default strategy the policy transform takes {s['transform']:.1%}, forward, backward and optimizer {s['forward_backward_step']:.1%}, the hyper-steps {s['hyper_step']:.1%}; "
+                     f"a hyper-step takes {r['hyper_step_in_training_steps']:.2f} of a training step.", '', '| profile of one | ms | of which |', '| --- | --- | --- |',
+                 *[f"| {k} | {v['total_ms']:.1f} | {', '.join(f'{n} {t:.0%} ({c})' for n,t,c in v['top'])} |" for k,v in r['profile'].items()], '']
     e = d['environment']
     return '\n'.join([*rows, f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['gpu'] or e['machine']}, {e['threads']} threads.", ''])
 
@@ -93,19 +131,16 @@ if __name__=='__main__':
     ap = argparse.ArgumentParser()
     ap.add_argument('--models', nargs='+', default=list(MODELS))
     ap.add_argument('--device', default='cpu')
-    ap.add_argument('--threads', type=int, default=2)
+    ap.add_argument('--threads', type=int, default=1)
     ap.add_argument('--rounds', type=int, default=5)
-    ap.add_argument('--batches', type=int, default=8)
-    ap.add_argument('--peak', help='print the peak memory of one strategy, or of `plain`, and stop')
+    ap.add_argument('--batches', type=int, default=12)
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
-    if a.peak: print('PEAK', peak(a.models[0], a.peak, a.batches, a.device)); sys.exit()
     d = dict(models={}, rounds=a.rounds, batches=a.batches)
     for m in a.models:
         d['models'][m] = ratios(m, a.rounds, a.batches, a.device)
-        mem = lambda s: float(subprocess.run([sys.executable, '-W', 'ignore', __file__, '--models', m, '--device', a.device, '--threads', str(a.threads), '--batches', '4', '--peak', s],
-                                             capture_output=True, text=True, check=True).stdout.split('PEAK')[1])
-        d['models'][m]['memory'] = {s: float(np.median([mem(s) for _ in range(3)])) for s in ['plain','first_bn','conv+bn']}
+        d['models'][m]['profile'] = profile(m, a.device)
+        d['models'][m]['memory'] = {s: peak(m, s, 2, a.device) for s in ['plain',*STRATEGIES]}
     d['environment'] = environment()
     out = RESULTS/f'surcharge_{a.device}.json'
     save_json(out, d)

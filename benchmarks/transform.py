@@ -2,7 +2,8 @@
 
     pip install -e '.[bench]' && python benchmarks/transform.py [--device cpu] [--threads 2]
 
-Each line is the best and the median of several rounds; the lines of a size take turns, so that a drift of the machine meets all. Writes results/transform_DEVICE.json and .md.
+Each line is the median of several rounds, with the lowest and the highest; the lines of a size take turns, so that a drift of the machine meets all.
+"Bytes" is what a search does to the batches of fastai's usual loaders (before `IntToFloatTensor`); the other lines of ours start from float images and give float images. Writes results/transform_DEVICE.json and .md.
 """
 import argparse,time
 import torch
@@ -17,13 +18,14 @@ def contenders(b, s, device):
     g = torch.Generator().manual_seed(0)
     u = torch.randint(0, 256, (b//8+1,3,max(s//8,1),max(s//8,1)), dtype=torch.uint8, generator=g).repeat(8,1,1,1)[:b].repeat_interleave(8,2).repeat_interleave(8,3)[...,:s,:s].contiguous() # blocks: between noise and photographs
     x = (u.float()/255).to(device)
-    policy,lam = PBAPolicy(),lambda at: Space().start(at).expand(b,-1).to(device)
-    out = {'copy of the batch': x.clone}
+    u = u.to(device)
+    policy,lam = PBAPolicy().to(device),lambda at: Space().start(at).expand(b,-1).to(device)
+    out = {'copy of the float batch': x.clone, 'copy of the bytes': u.clone}
     for name,at in (('start λ',0.05),('λ = 0',0.5)):
-        l = lam(at)
-        out[f'ours, {name}'] = lambda l=l: policy(x, l)
-        y = x.clone()
-        out[f'ours in place, {name}'] = lambda l=l,y=y: policy.apply(y, policy.draw(l), inplace=True)
+        l,y = lam(at),x.clone()
+        out[f'ours, bytes, {name}'] = lambda l=l: policy.apply(u, policy.draw(l))
+        out[f'ours, float in place, {name}'] = lambda l=l,y=y: policy.apply(y, policy.draw(l), inplace=True)
+        out[f'ours, float, {name}'] = lambda l=l: policy.apply(x, policy.draw(l))
     if device!='cpu': return out
     pil,ra = [to_pil_image(o) for o in u],v2.RandAugment(2)
     out['torchvision RandAugment(2), PIL, per image'] = lambda: [ra(o) for o in pil]
@@ -53,9 +55,9 @@ def measure(fs, b, rounds, seconds=0.4, sync=lambda: None):
     return out
 
 def table(d):
-    rows = ['| images | batch | '+' | '.join(('augmentation','images/s, median (lowest, highest)','÷ copy'))+' |','| --- | --- | --- | --- | --- |']
+    rows = ['| images | batch | '+' | '.join(('augmentation','images/s, median (lowest, highest)','÷ copy of the float batch'))+' |','| --- | --- | --- | --- | --- |']
     for r in d['rows']:
-        for k,v in r['speed'].items(): rows.append(f"| {r['size']}x{r['size']} | {r['batch']} | {k} | {np.median(v):,.0f} ({min(v):,.0f}, {max(v):,.0f}) | {np.median(v)/np.median(r['speed']['copy of the batch']):.4f} |")
+        for k,v in r['speed'].items(): rows.append(f"| {r['size']}x{r['size']} | {r['batch']} | {k} | {np.median(v):,.0f} ({min(v):,.0f}, {max(v):,.0f}) | {np.median(v)/np.median(r['speed']['copy of the float batch']):.4f} |")
     e = d['environment']
     return '\n'.join([*rows,'',f"`{e['command']}`, {e['date']}, torch {e['torch']}, torchvision {e['torchvision']}, {e['gpu'] or e['machine']}, {e['threads']} threads, {d['rounds']} rounds.",''])
 

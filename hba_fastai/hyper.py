@@ -208,7 +208,7 @@ def hypergradient(
         g, = torch.autograd.grad(l*scale, lam)
     return l.detach(),g/scale
 
-# %% ../nbs/03_hyper.ipynb #ef048023
+# %% ../nbs/03_hyper.ipynb #4f176d53
 def adam_start(lam:Tensor) -> tuple:
     "State of `adam` before its first step: two moments and the number of steps"
     return torch.zeros_like(lam),torch.zeros_like(lam),lam.new_zeros(())
@@ -218,6 +218,7 @@ def adam(
     g:Tensor,   # Its gradient (H,)
     state:tuple, # From `adam_start` or the last step
     lr:float,   # Learning rate α'
+    joint:bool=False, # One second moment for all, the mean, instead of one for each
     b1:float=0.9, b2:float=0.999, eps:float=1e-8
 ) -> tuple: # (new λ, new state, whether the gradient was finite), on the device
     "One step of Adam; λ and state stay as they are where the gradient is not finite"
@@ -225,5 +226,5 @@ def adam(
     m,v,t = state
     g = torch.where(ok, g, 0)
     m1,v1,t1 = m.lerp(g, 1-b1),v.lerp(g*g, 1-b2),t+1
-    new = lam - lr*(m1/(1-b1**t1)) / ((v1/(1-b2**t1)).sqrt()+eps)
+    new = lam - lr*(m1/(1-b1**t1)) / (((v1.mean() if joint else v1)/(1-b2**t1)).sqrt()+eps)
     return torch.where(ok, new, lam),tuple(torch.where(ok, a, b) for a,b in zip((m1,v1,t1), state)),ok

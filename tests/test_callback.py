@@ -8,7 +8,7 @@ from fastai.optimizer import OptimWrapper,SGD
 from fastai.vision.augment import Normalize,aug_transforms
 from torch import nn
 from conftest import small_learner,small_net
-from hba_fastai.callback import HBACallback,PolicyTransform,ScheduleCallback
+from hba_fastai.callback import AT,_start,HBACallback,PolicyTransform,ScheduleCallback
 from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.hyper import select
 from hba_fastai.policy import PBAPolicy
@@ -24,7 +24,7 @@ class Log(HBACallback):
 
 @pytest.mark.parametrize('t,v', [(2,1),(3,2),(1,1),(4,3)])
 def test_order_is_algorithm_1(t, v):
-    learn,hba = small_learner(n_train=240),Log(T_train=t, T_val=v)
+    learn,hba = small_learner(n_train=240),Log(T_train=t, T_val=v, warmup=0)
     learn.fit(2, cbs=hba)
     steps = ['w'+('h'*v if (i+1)%t==0 else '') for i in range(24)]
     assert hba.log==''.join(steps)
@@ -53,7 +53,7 @@ class Watch(HBACallback):
         assert a.keys()==b.keys() and not torch.equal(lam, self.lam)
         self.seen = True
 
-@pytest.mark.parametrize('kw', [dict(), dict(condition='dose'), dict(centred=False)])
+@pytest.mark.parametrize('kw', [dict(), dict(condition='lambda'), dict(condition='lambda', centred=False)])
 def test_a_hyper_step_changes_lambda_alone(kw):
     learn,hba = small_learner(),Watch(**kw)
     learn.fit(2, cbs=hba)
@@ -64,11 +64,11 @@ def lam_of(seed, **kw):
     learn.fit_one_cycle(2, 1e-2, cbs=hba)
     return hba.schedule.table,learn.model.state_dict()
 
-@pytest.mark.parametrize('kw', [dict(), dict(condition='dose')])
+@pytest.mark.parametrize('kw', [dict(), dict(condition='lambda')])
 def test_same_seed_same_schedule(kw):
     (a,ma),(b,mb),(c,_) = lam_of(1,**kw),lam_of(1,**kw),lam_of(2,**kw)
     assert torch.equal(a,b) and all(torch.equal(ma[k],mb[k]) for k in ma) and not torch.equal(a,c)
-    assert (a[0]-Space().values(Space().start().double())).abs().max()<1e-5 and not torch.equal(a[0],a[-1])
+    assert (a[0]-Space().values(_start(AT).double())).abs().max()<1e-5 and not torch.equal(a[0],a[-1])
 
 def plain(learn):
     "What must be as it was"

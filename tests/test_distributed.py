@@ -54,8 +54,8 @@ u,v = both(hba.schedule.table)
 assert torch.equal(u,v) and not torch.equal(hba.schedule.table[0], hba.schedule.table[-1])
 assert out['eps'] and out['raw'], out
 g = torch.stack(raw); u,v = both(g)
-lam,state = C.Space().start(),C.adam_start(C.Space().start()) # replay Adam with the mean of the two ranks' hypergradients
-for m in (u+v)/2: lam,state,_ = C.adam(lam, m, state, hba.rate); lam = lam.clamp(-7,7)
+lam = C._start(C.AT); state = C.adam_start(lam) # replay Adam with the mean of the two ranks' hypergradients
+for m in (u+v)/2: lam,state,_ = C.adam(lam, m, state, hba.rate, hba.joint); lam = lam.clamp(max=7).max(hba.lowest)
 assert torch.allclose(lam, hba.lam, atol=1e-5), (lam-hba.lam).abs().max()
 for dl in learn.dls.loaders: assert not any(isinstance(t, C.PolicyTransform) for t in dl.after_batch.fs)
 small = small_learner(seed=1)

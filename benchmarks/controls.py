@@ -1,0 +1,144 @@
+"""HBA beside what anybody can have for nothing: fixed, random and published policies, same training, same seeds.
+
+    python benchmarks/controls.py --task wrn16 --epochs 60 --seeds 0 1 2 [--worker 0/2]     # runs what is missing, then writes the table
+
+Tasks: wrn16 is WRN-16-1 on 4,000/10,000/10,000 images of CIFAR-10 JPEG; small is WRN-10-1 on the same at 16 pixels. Batch 128, SGD as in the paper's Table 8.
+Each run appends a line to results/controls/TASK_EPOCHSep.jsonl; the table is results/controls.md. Seconds are CPU seconds of a process with one thread.
+"""
+import argparse,ast,time
+import torch
+from fastai.callback.all import *
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from fastai.torch_core import set_seed
+from fastai.vision.augment import RandTransform
+from functools import partial
+from torchvision.transforms import v2
+from common import *
+from planted import small
+from reduced_cifar import NoValid
+from hba_fastai.callback import AT,HBACallback,ScheduleCallback,_start
+from hba_fastai.schedule import Schedule
+from hba_fastai.space import ENHANCERS,Space
+
+OUT = RESULTS/'controls'
+TASKS = {'wrn16': (32, lambda: wrn(16,1)), 'small': (16, lambda: wrn(10,1))}
+
+class PerImage(RandTransform):
+    "A transform of torchvision, drawn for each image"
+    order,split_idx = 9,0 # on bytes, where HBA's policy acts
+    def __init__(self, f): super().__init__(p=1.); self.f = f
+    def encodes(self, x:TensorImage): return torch.stack([self.f(o) for o in x.as_subclass(torch.Tensor)])
+
+# --- PBA's published schedule (format: shared/reference/peers.md, section 3)
+
+PBA_OPS = 'Rotate TranslateX TranslateY Brightness Color Invert Sharpness Posterize ShearX Solarize ShearY Equalize AutoContrast Cutout Contrast'.split()
+
+def pba_magnitude(op, level):
+    "PBA's level 0..9 in the units of our Table 7"
+    l = level/10
+    if op in ENHANCERS: return 0.1+1.8*l
+    return {'Rotate': int(30*l), 'TranslateX': int(10*l)/32, 'TranslateY': int(10*l)/32, 'ShearX': 0.3*l, 'ShearY': 0.3*l, 'Solarize': min(int(256*l), 255), 'Posterize': 4+int(4*l), 'Cutout': min(int(20*l)/32, 0.2)}.get(op)
+
+def pba_schedule(f, epochs=200):
+    "A schedule of Population Based Augmentation as ours, without ε"
+    log = [ast.literal_eval(l) for l in f.read_text().splitlines() if l.strip()]
+    parts = [(log[0][3],log[0][4])] + [(b[3]-a[3],a[5]) for a,b in zip(log, log[1:])] + [(epochs-log[-1][3],log[-1][5])]
+    at,rows,names,seen = [],[],Space().names,0
+    for n,policy in parts:
+        d = {}
+        for i in range(30):
+            op,c,(p,level) = PBA_OPS[i%15],i//15,policy[2*i:2*i+2]
+            d[f'{op}_{c}.p'] = p/10
+            if f'{op}_{c}.m' in names: d[f'{op}_{c}.m'] = pba_magnitude(op, level)
+        for a in (seen+1e-3,seen+n-1e-3): at.append(a/epochs); rows.append([d[k] for k in names])
+        seen += n
+    return Schedule(at, torch.tensor(rows, dtype=torch.float64), sigma=0.)
+
+# --- controls made of a schedule that HBA found
+
+def shuffled(s, seed):
+    "The same policies in a random order"
+    i = torch.randperm(len(s), generator=torch.Generator().manual_seed(seed))
+    return Schedule(s.progress, s.table[i], s.sigma)
+
+def random_like(s, seed):
+    "At each point the same probabilities and the same positions in the ranges, dealt to other operations"
+    sp,g = s.space,torch.Generator().manual_seed(seed)
+    u = (s.table-sp.lo)/(sp.hi-sp.lo)
+    deal = lambda u: torch.stack([r[torch.randperm(len(r), generator=g)] for r in u])
+    u = torch.cat([deal(u[:,:sp.n]),deal(u[:,sp.n:])], 1)
+    return Schedule(s.progress, sp.lo+(sp.hi-sp.lo)*u, s.sigma)
+
+fixed = lambda: Schedule([0.], Space().values(_start(AT).double())[None])
+
+ARMS = { # name: what, Cutout?, transform of torchvision
+  'none': ('no augmentation', False, None), 'flip_crop': ('flip + crop', False, None), 'cutout': ('flip + crop + Cutout', True, None),
+  'autoaugment': ('+ AutoAugment, CIFAR-10 policy', True, lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)), 'rand_1_5': ('+ RandAugment(1, 5)', True, lambda: v2.RandAugment(1, 5)),
+  'rand_2_5': ('+ RandAugment(2, 5)', True, lambda: v2.RandAugment(2, 5)), 'rand_2_9': ('+ RandAugment(2, 9)', True, lambda: v2.RandAugment(2, 9)),
+  'trivial': ('+ TrivialAugmentWide', True, v2.TrivialAugmentWide), 'pba': ("+ PBA's published schedule", True, None), 'fixed': ('+ policy fixed at the start of a search', True, None),
+  'hba': ('+ HBA, search', True, None), 'replay': ('+ HBA, its schedule replayed', True, None), 'shuffled': ('+ the same schedule in random order', True, None),
+  'random': ('+ random schedule of the same strength', True, None), 'paper': ('+ HBA as in the paper, search', True, None), 'paper_replay': ('+ HBA as in the paper, replayed', True, None)}
+
+def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
+    "One training -> its line in the result file"
+    size,net = TASKS[task]
+    _,cut,tv = ARMS[arm]
+    sets = [(x if size==32 else small(x, size),y) for x,y in reduced_cifar(seed)]
+    found = lambda a: Schedule.load(RESULTS/'schedules'/f'{task}_{epochs}ep_{a}_seed{seed}.json')
+    search = {'hba': lambda: HBACallback(seed=seed), 'paper': lambda: HBACallback.paper(seed=seed)}.get(arm)
+    replay = {'fixed': fixed, 'pba': lambda: pba_schedule(SHARED/'data'/'pba'/'rcifar10_16_wrn.txt'), 'replay': lambda: found('hba'), 'paper_replay': lambda: found('paper'),
+              'shuffled': lambda: shuffled(found('hba'), seed), 'random': lambda: random_like(found('hba'), seed)}.get(arm)
+    cb = search() if search else ScheduleCallback(replay(), seed=seed) if replay else None
+    set_seed(seed if search else seed+1000) # a replay starts from other weights than its search; so do the controls
+    tfms = [Normalize.from_stats(MEAN, STD), *([FlipCrop(size//8)] if arm!='none' else []), *([CutoutTfm()] if cut else []), *([PerImage(tv())] if tv else [])]
+    learn = Learner(array_dls(*sets, vocab=CLASSES, bs=128, batch_tfms=tfms), net(), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=wd)
+    learn.remove_cb(ProgressCallback); learn.logger = quiet
+    t = time.process_time()
+    learn.fit(epochs, lr, cbs=[ParamScheduler({'lr': SchedCos(lr, 0.)}), NoValid(), *([cb] if cb else [])])
+    t = time.process_time()-t
+    if search:
+        f = RESULTS/'schedules'/f'{task}_{epochs}ep_{arm}_seed{seed}.json'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        cb.schedule.save(f)
+    return dict(arm=arm, seed=seed, test_error=error_on(learn, learn.dls[2]), valid_error=error_on(learn, learn.dls[1]), cpu_seconds=round(t, 1))
+
+def table():
+    "All results as Markdown: mean and standard error over seeds, and the paired difference from the replayed schedule"
+    out = []
+    for f in sorted(OUT.glob('*.jsonl')):
+        rs = {(r['arm'],r['seed']): r for r in map(json.loads, f.read_text().splitlines())}
+        task,epochs = f.stem.split('_')
+        seeds = sorted({s for _,s in rs})
+        out += [f"**{task}**, {epochs.removesuffix('ep')} epochs, seeds {', '.join(map(str, seeds))}", '', '| training | test error % | minus that of the replay, paired | CPU s |', '| --- | --- | --- | --- |']
+        for arm,(what,*_) in ARMS.items():
+            r = [rs[arm,s] for s in seeds if (arm,s) in rs]
+            if not r: continue
+            d = [rs[arm,s]['test_error']-rs['replay',s]['test_error'] for s in seeds if (arm,s) in rs and ('replay',s) in rs]
+            pm = lambda v,sign='': f'{{:{sign}.2f}} ± {{:.2f}}'.format(*mean_se(v))
+            out.append(f"| {what} | {pm([o['test_error'] for o in r])}{'' if len(r)==len(seeds) else f' ({len(r)} seeds)'} | {pm(d, '+') if d and arm!='replay' else ''} | {np.mean([o['cpu_seconds'] for o in r]):.0f} |")
+        e = r[-1]['environment']
+        out += ['', f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
+    return '\n'.join(['The same training for all; mean ± standard error over seeds. Validation images are used by the searches alone.', '', *out])
+
+if __name__=='__main__':
+    ap = argparse.ArgumentParser()
+    ap.add_argument('--task', default='wrn16', choices=list(TASKS))
+    ap.add_argument('--epochs', type=int, default=60)
+    ap.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
+    ap.add_argument('--arms', nargs='+', default=[a for a in ARMS], choices=list(ARMS))
+    ap.add_argument('--worker', default='0/1', help='which seeds: this process / number of processes')
+    ap.add_argument('--table', action='store_true', help='only write the table')
+    a = ap.parse_args()
+    torch.set_num_threads(1)
+    k,n = map(int, a.worker.split('/'))
+    f = OUT/f'{a.task}_{a.epochs}ep.jsonl'
+    f.parent.mkdir(parents=True, exist_ok=True)
+    order = sorted(a.arms, key=lambda o: o not in ('hba','paper')) # searches first, the rest may need their schedules
+    for seed in [] if a.table else a.seeds[k::n]:
+        for arm in order:
+            if f.exists() and any(r['arm']==arm and r['seed']==seed for r in map(json.loads, f.read_text().splitlines())): continue
+            r = run(a.task, arm, seed, a.epochs)
+            with f.open('a') as o: o.write(json.dumps({**r, 'environment': environment()})+'\n')
+            print(r, flush=True)
+    OUT.with_suffix('.md').write_text(table())

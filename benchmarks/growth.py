@@ -1,0 +1,63 @@
+"""How the cost grows: the transform with batch, image size and H; a hyper-step with the number of hyper-layers; a search with the number of hyper-steps.
+
+    python benchmarks/growth.py [--device cpu] [--threads 2]
+
+Ratios to the first entry of each row, all measured in turns in one run. Writes results/growth_DEVICE.json and .md.
+"""
+import argparse,time
+import torch
+from unittest import mock
+from common import *
+from surcharge import NoValid,Timed,learner,seconds
+from transform import measure
+import hba_fastai.policy as hba_policy
+from hba_fastai.callback import HBACallback
+from hba_fastai.policy import PBAPolicy
+from hba_fastai.space import Space
+
+def one(b, size, copies, device):
+    "Function that augments a batch of bytes under a space with so many copies of each operation"
+    with mock.patch.object(hba_policy, 'Space', lambda: Space(copies)): policy = PBAPolicy().to(device)
+    u,lam = torch.randint(0, 256, (b,3,size,size), dtype=torch.uint8).to(device),policy.space.start(0.1/copies).expand(b,-1).to(device)
+    return lambda: policy.apply(u, policy.draw(lam))
+
+def transform_rows(device, rounds, sync):
+    out = {}
+    for what,cases in {'batch (32 pixels)': {b: one(b, 32, 2, device) for b in (32,128,512)}, 'pixels (batch 64)': {s: one(64, s, 2, device) for s in (32,64,128,224)},
+                       'H (batch 128, 32 pixels)': {len(Space(c)): one(128, 32, c, device) for c in (1,2,4,8)}}.items():
+        speed = measure(cases, 1, rounds, 0.2, sync) # batches per second
+        out[f'transform: {what}'] = {str(k): [float(np.median(speed[k0:=next(iter(cases))])/np.median(v)), 1000/float(np.median(v))] for k,v in speed.items()}
+    return out
+
+def hyper_rows(device, rounds, sync):
+    "Milliseconds of a hyper-step with so many hyper-layers, and of a search with so many hyper-steps"
+    learn = learner('wrn-16-2', 6, device)
+    norms = [m for m in learn.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    layers,steps = {n: [] for n in (1,4,13)},{n: [] for n in (0,1,2,4)}
+    seconds(learn, HBACallback(seed=0), sync)
+    for _ in range(rounds):
+        for n in layers:
+            with Timed(HBACallback, 'hyper_step', sync) as t: seconds(learn, HBACallback(norms[:n], seed=0), sync)
+            layers[n].append(t.t/3)
+        for n in steps: steps[n].append(seconds(learn, HBACallback(T_val=n, seed=0) if n else None, sync))
+    med = lambda d: {str(k): [float(np.median(v)/np.median(d[next(iter(d))])), 1000*float(np.median(v))] for k,v in d.items()}
+    return {'hyper-step: number of hyper-layers (batch norms of WRN-16-2)': med(layers), 'search of 6 batches: hyper-steps after every second one (0: plain)': med(steps)}
+
+def table(d):
+    rows = [f"| {k} | {', '.join(f'{n}: {r:.2f} ({ms:.1f} ms)' for n,(r,ms) in v.items())} |" for k,v in d['rows'].items()]
+    e = d['environment']
+    return '\n'.join(['| what grows | time ÷ that of the first (time) |','| --- | --- |',*rows,'',f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['gpu'] or e['machine']}, {e['threads']} threads.",''])
+
+if __name__=='__main__':
+    ap = argparse.ArgumentParser()
+    ap.add_argument('--device', default='cpu')
+    ap.add_argument('--threads', type=int, default=2)
+    ap.add_argument('--rounds', type=int, default=3)
+    a = ap.parse_args()
+    torch.set_num_threads(a.threads)
+    sync = torch.cuda.synchronize if a.device=='cuda' else lambda: None
+    d = dict(rows={**transform_rows(a.device, 5, sync), **hyper_rows(a.device, a.rounds, sync)}, environment=environment())
+    out = RESULTS/f'growth_{a.device}.json'
+    save_json(out, d)
+    out.with_suffix('.md').write_text(table(d))
+    print(table(d))
