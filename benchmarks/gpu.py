@@ -66,7 +66,7 @@ def learner(device, data, amp=True):
 
 def synchronisations(device, data):
     "The parts of a training step and of a hyper-step that are ours, under the debug mode that makes a synchronisation an error"
-    learn,hba = learner(device, data),HBACallback(seed=0)
+    learn,hba = learner(device, data),HBACallback(seed=0, warmup=0.)
     learn.fit(1, 0.01, cbs=[NoValid(), hba]) # the first batch of a search looks at the images once
     names,done = ['before_batch','before_backward','after_backward','after_step'],[]
     def apply(*a, inner=PBAPolicy.apply, **k): done.append('transform'); return strict(inner)(*a, **k)
@@ -88,11 +88,11 @@ def end_to_end(device, data, epochs):
         sync(); t = time.perf_counter()
         learn.fit(n, 0.05, cbs=[NoValid(), *cb])
         sync(); return time.perf_counter()-t
-    fit([HBACallback(seed=0)], 2) # warm up and compile
+    fit([HBACallback(seed=0, warmup=0.)], 2) # warm up and compile
     out['plain'],out['search, with timers'] = fit([], max(epochs//10, 1))*epochs/max(epochs//10, 1),0.
-    with Timed(PolicyTransform, '__call__', sync) as tr,Timed(HBACallback, 'hyper_step', sync) as hy: t = fit([HBACallback(seed=0)], max(epochs//10, 1))
+    with Timed(PolicyTransform, '__call__', sync) as tr,Timed(HBACallback, 'hyper_step', sync) as hy: t = fit([HBACallback(seed=0, warmup=0.)], max(epochs//10, 1))
     out.update({'search, with timers': t*epochs/max(epochs//10, 1), 'share of the transform': tr.t/t, 'share of the hyper-steps': hy.t/t})
-    out['search'] = fit([HBACallback(seed=0)], epochs)
+    out['search'] = fit([HBACallback(seed=0, warmup=0.)], epochs)
     return {**out, 'epochs': epochs}
 
 def table(d):

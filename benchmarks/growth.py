@@ -1,8 +1,8 @@
 """How the cost grows: the transform with batch, image size and H; a hyper-step with the number of hyper-layers; a search with the number of hyper-steps.
 
-    python benchmarks/growth.py [--device cpu] [--threads 2]
+    python benchmarks/growth.py [--device cpu] [--threads 1]
 
-Ratios to the first entry of each row, all measured in turns in one run. Writes results/growth_DEVICE.json and .md.
+Ratios to the first entry of each row, all measured in turns in one run; hyper-steps in CPU seconds on a CPU. Writes results/growth_DEVICE.json and .md.
 """
 import argparse,time
 import torch
@@ -34,12 +34,12 @@ def hyper_rows(device, rounds, sync):
     learn = learner('wrn-16-2', 6, device)
     norms = [m for m in learn.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     layers,steps = {n: [] for n in (1,4,13)},{n: [] for n in (0,1,2,4)}
-    seconds(learn, HBACallback(seed=0), sync)
+    seconds(learn, HBACallback(seed=0, warmup=0.), sync)
     for _ in range(rounds):
         for n in layers:
-            with Timed(HBACallback, 'hyper_step', sync) as t: seconds(learn, HBACallback(norms[:n], seed=0), sync)
+            with Timed(HBACallback, 'hyper_step', sync) as t: seconds(learn, HBACallback(norms[:n], seed=0, warmup=0.), sync)
             layers[n].append(t.t/3)
-        for n in steps: steps[n].append(seconds(learn, HBACallback(T_val=n, seed=0) if n else None, sync))
+        for n in steps: steps[n].append(seconds(learn, HBACallback(T_val=n, seed=0, warmup=0.) if n else None, sync))
     med = lambda d: {str(k): [float(np.median(v)/np.median(d[next(iter(d))])), 1000*float(np.median(v))] for k,v in d.items()}
     return {'hyper-step: number of hyper-layers (batch norms of WRN-16-2)': med(layers), 'search of 6 batches: hyper-steps after every second one (0: plain)': med(steps)}
 
@@ -51,7 +51,7 @@ def table(d):
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
     ap.add_argument('--device', default='cpu')
-    ap.add_argument('--threads', type=int, default=2)
+    ap.add_argument('--threads', type=int, default=1)
     ap.add_argument('--rounds', type=int, default=3)
     a = ap.parse_args()
     torch.set_num_threads(a.threads)

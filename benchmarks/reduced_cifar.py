@@ -1,4 +1,4 @@
-"""HBA end to end on real images: WRN-16-1 on 4,000 images of CIFAR-10 JPEG (10,000 validation, 10,000 test), batch 128.
+"""HBA as the first version of this package had it, end to end on real images (`controls.py` is its successor): WRN-16-1 on 4,000 images of CIFAR-10 JPEG (10,000 validation, 10,000 test), batch 128.
 
     python benchmarks/reduced_cifar.py --epochs 40 --seeds 0 1      # runs what is missing, then writes the table
 
@@ -40,7 +40,7 @@ def run(arm, seed, epochs):
     condition = 'dose' if 'dose' in arm else 'lambda'
     sfile = RESULTS/'schedules'/f'wrn16-1_{epochs}ep_{condition}_seed{seed}.json'
     if arm.startswith('hba'):
-        hba = HBACallback(condition=condition, seed=seed)
+        hba = HBACallback(condition=condition, start=0.05, floor=0.001, warmup=0., joint=False, seed=seed) # the defaults of the first version
         res = train(seed, epochs, hba)[1]
         sfile.parent.mkdir(parents=True, exist_ok=True)
         hba.schedule.save(sfile)

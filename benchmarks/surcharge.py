@@ -53,23 +53,24 @@ def seconds(learn, cb=None, sync=lambda: None):
     sync(); return clock()-t
 
 def ratios(model, rounds, batches, device):
-    "Ratio of the times for each strategy and for the replay, and the shares of a search; two rounds for all but the default"
+    "Ratio of the times for each strategy and for the replay, and the shares of a search; two rounds for all but the default strategy"
     sync = torch.cuda.synchronize if device=='cuda' else lambda: None
     learn = learner(model, batches, device)
     start = Schedule([0.], Space().values(Space().start())[None])
-    arms = {'first_bn': lambda: HBACallback(seed=0), 'plain again': lambda: None, **{s: (lambda s=s: HBACallback(s, seed=0)) for s in STRATEGIES[1:]},
-            'first_bn, conditioned on λ': lambda: HBACallback(condition='lambda', seed=0), 'replay': lambda: ScheduleCallback(start, seed=0)}
+    search = lambda *a, **k: lambda: HBACallback(*a, seed=0, warmup=0., **k)
+    main = {'plain again': lambda: None, 'first_bn': search(), 'the default: first_bn, λ rests in the first 30%': lambda: HBACallback(seed=0)}
+    arms = {**main, **{s: search(s) for s in STRATEGIES[1:]}, 'first_bn, conditioned on λ': search(condition='lambda'), 'replay': lambda: ScheduleCallback(start, seed=0)}
     seconds(learn); seconds(learn, HBACallback(seed=0)) # warm up
     rows = {k: [] for k in arms}
     for r in range(rounds):
         a = seconds(learn, sync=sync)
         for k,cb in arms.items():
-            if r>=2 and k not in ('first_bn','plain again'): continue
+            if r>=2 and k not in main: continue
             b,c = seconds(learn, cb(), sync),seconds(learn, sync=sync)
             rows[k].append(2*b/(a+c)) # between two plain fits, so that a drift of the machine cancels
             a = c
     with Timed(PolicyTransform, '__call__', sync) as tr,Timed(HBACallback, 'hyper_step', sync) as hy,Timed(Learner, '_do_one_batch', sync) as st:
-        total = seconds(learn, HBACallback(seed=0), sync)
+        total = seconds(learn, HBACallback(seed=0, warmup=0.), sync)
     return dict(ratios={k: dict(ratio=float(np.median(v)), low=min(v), high=max(v), rounds=len(v)) for k,v in rows.items()},
                 share_of_search=dict(transform=tr.t/total, forward_backward_step=st.t/total, hyper_step=hy.t/total), steps=batches, hyper_steps=batches//2,
                 hyper_step_in_training_steps=(hy.t/(batches//2))/(st.t/batches))
@@ -95,12 +96,12 @@ class Profiled:
 def profile(model, device):
     "Where the time of one training step, of the transform of its batch and of one hyper-step goes"
     learn = learner(model, 8, device)
-    with Profiled(Learner, '_do_one_batch', 6, device) as a,Profiled(PolicyTransform, '__call__', 6, device) as b,Profiled(HBACallback, 'hyper_step', 3, device) as c: seconds(learn, HBACallback(seed=0))
+    with Profiled(Learner, '_do_one_batch', 6, device) as a,Profiled(PolicyTransform, '__call__', 6, device) as b,Profiled(HBACallback, 'hyper_step', 3, device) as c: seconds(learn, HBACallback(seed=0, warmup=0.))
     return {'training step (forward, backward, optimizer)': a.rows(), 'policy transform': b.rows(), 'hyper-step': c.rows()}
 
 def peak(model, strategy, batches, device):
     "MiB of one fit at its peak: allocated on the GPU; on a CPU, where the memory of a process is mostly noise of the allocator, the tensors kept for one backward pass"
-    learn,cbs = learner(model, batches, device),[NoValid(), *([HBACallback(strategy, seed=0)] if strategy!='plain' else [])]
+    learn,cbs = learner(model, batches, device),[NoValid(), *([HBACallback(strategy, seed=0, warmup=0.)] if strategy!='plain' else [])]
     if device=='cuda':
         torch.cuda.reset_peak_memory_stats()
         learn.fit(1, 1e-3, cbs=cbs)
@@ -121,7 +122,7 @@ def table(d):
             mem = r['memory'].get(k)
             rows.append('| {} | {:.2f} ({:.2f}, {:.2f}; {}) | {} |'.format(k, v['ratio'], v['low'], v['high'], v['rounds'], '{:.2f}'.format(mem/r['memory']['plain']) if mem else ''))
         s = r['share_of_search']
-        rows += ['', f"Of a search with the default strategy the policy transform takes {s['transform']:.1%}, forward, backward and optimizer {s['forward_backward_step']:.1%}, the hyper-steps {s['hyper_step']:.1%}; "
+        rows += ['', f"Of a search with first_bn the policy transform takes {s['transform']:.1%}, forward, backward and optimizer {s['forward_backward_step']:.1%}, the hyper-steps {s['hyper_step']:.1%}; "
                      f"a hyper-step takes {r['hyper_step_in_training_steps']:.2f} of a training step.", '', '| profile of one | ms | of which |', '| --- | --- | --- |',
                  *[f"| {k} | {v['total_ms']:.1f} | {', '.join(f'{n} {t:.0%} ({c})' for n,t,c in v['top'])} |" for k,v in r['profile'].items()], '']
     e = d['environment']

@@ -255,7 +255,7 @@ def default_hlr(n_steps:int) -> float:
     "Hyper learning rate for `n_steps` hyper-steps: the paper's rates times their numbers of steps are 44 to 94 (Table 8), so 90/n, within [0.003, 0.1]"
     return min(max(90/max(n_steps, 1), 0.003), 0.1)
 
-# %% ../nbs/07_callback.ipynb #bff11523
+# %% ../nbs/07_callback.ipynb #85b3815b
 AT = 0.05,0.3 # where probabilities and magnitudes start in their ranges
 
 class HBACallback(PolicyCallback):
@@ -267,7 +267,7 @@ class HBACallback(PolicyCallback):
         T_val:int=1,          # Hyper-steps in a row
         sigma:float=1.,       # Standard deviation of ε
         hlr:float|None=None,  # Learning rate α' of Adam on λ; default: `default_hlr` of the length of the fit
-        condition:str='lambda', # What the hyper-layers respond to: 'lambda' (ε, the paper's) or 'dose' (what was done to each image)
+        condition:str='dose', # What the hyper-layers respond to: 'dose' (what was done to each image) or 'lambda' (ε, the paper's)
         centred:bool=True,    # Layers hold θ̂(λ) and respond to the deviation; False: the paper's literal form while training
         start=AT,             # Positions in their ranges at the start, of probabilities and of magnitudes, or one for both; or `{name: value}` for some in the units of Table 7
         floor:float=0.02,     # Lowest position in its range that a hyperparameter may take, unless it starts lower: what is hardly ever applied cannot be judged. 0.001 is the lowest

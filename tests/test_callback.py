@@ -259,3 +259,43 @@ def test_a_grey_and_a_five_channel_search():
 
 def test_hba_schedule_of_a_learner_without_one():
     with pytest.raises(ValueError, match='has no schedule'): small_learner().hba_schedule
+
+def test_lambda_rests_while_the_response_is_learned():
+    learn,hba = small_learner(),HBACallback(warmup=0.5, seed=0)
+    learn.fit(4, 1e-2, cbs=hba)
+    t = hba.schedule.table
+    assert torch.equal(t[0],t[1]) and not torch.equal(t[1],t[3])
+    learn.fit(2, 1e-2, cbs=hba) # the response is there already
+    assert not torch.equal(hba.schedule.table[4], hba.schedule.table[5])
+
+@pytest.mark.parametrize('floor', [0.02,0.001])
+def test_no_hyperparameter_falls_below_the_floor(floor):
+    learn,hba = small_learner(),HBACallback(floor=floor, hlr=1., warmup=0, start={'Invert_0.p': 0.01}, seed=0)
+    learn.fit(3, 1e-2, cbs=hba)
+    u = hba.lam.sigmoid()
+    low = torch.tensor([min(floor, s) for s in _start({'Invert_0.p': 0.01}).sigmoid().tolist()])
+    assert (u>=low-1e-6).all() and (u<2*low).any() # a step of 1 goes there
+
+def test_a_joint_second_moment_keeps_small_gradients_small():
+    from hba_fastai.hyper import adam,adam_start
+    lam,g = torch.zeros(3),torch.tensor([1.,0.01,0.])
+    step = lambda joint: -adam(lam, g, adam_start(lam), 0.1, joint)[0]
+    assert torch.allclose(step(False), torch.tensor([0.1,0.1,0.])) and torch.allclose(step(True)/step(True)[0], g)
+
+def test_report_tells_signal_from_noise(capsys):
+    learn,hba = small_learner(),HBACallback(seed=0)
+    with pytest.raises(ValueError, match='none was made'): hba.report()
+    learn.fit(3, 1e-2, cbs=hba)
+    n,g = 200,torch.randn(200,54, generator=torch.Generator().manual_seed(0))
+    hba.moments = torch.stack([torch.full((54,), float(n)), g.sum(0), (g*g).sum(0)])
+    df = hba.report()
+    assert len(df)==15 and 'noise' in capsys.readouterr().out and df.signal.abs().max()<2 # the copies are independent here, which makes 1.4 standard deviations of 2
+    g[:,[6,21]] -= 0.5 # Invert: more of it helps, on the average by half a standard deviation
+    hba.moments = torch.stack([torch.full((54,), float(n)), g.sum(0), (g*g).sum(0)])
+    assert hba.report().index[0]=='Invert' and 'more Invert' in capsys.readouterr().out
+
+def test_the_preset_is_the_papers_setting():
+    hba = HBACallback.paper(seed=3, T_train=4)
+    assert (hba.strategy,hba.condition,hba.centred,hba.warmup,hba.joint,hba.seed,hba.T_train)==('first_bn','lambda',False,0.,False,3,4)
+    assert torch.allclose(hba.lam, Space().start()) and hba.lowest.max()<=Space().start(0.001).max()
+    small_learner().fit(1, cbs=hba)
