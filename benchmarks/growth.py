@@ -46,7 +46,7 @@ def hyper_rows(device, rounds, sync):
 def table(d):
     rows = [f"| {k} | {', '.join(f'{n}: {r:.2f} ({ms:.1f} ms)' for n,(r,ms) in v.items())} |" for k,v in d['rows'].items()]
     e = d['environment']
-    return '\n'.join(['| what grows | time ÷ that of the first (time) |','| --- | --- |',*rows,'',f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['gpu'] or e['machine']}, {e['threads']} threads.",''])
+    return '\n'.join(['| what grows | time ÷ that of the first (time) |','| --- | --- |',*rows,'',f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['gpu'] or e['machine']}, {e['threads']} thread(s), {e['stolen']:.0%} of the processor time taken by other machines on the host.",''])
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()

@@ -52,14 +52,15 @@ def seconds(learn, cb=None, sync=lambda: None):
     learn.fit(1, 1e-3, cbs=[NoValid(), *([cb] if cb else [])])
     sync(); return clock()-t
 
-def ratios(model, rounds, batches, device):
+def ratios(model, rounds, batches, device, whole):
     "Ratio of the times for each strategy and for the replay, and the shares of a search; two rounds for all but the default strategy"
     sync = torch.cuda.synchronize if device=='cuda' else lambda: None
     learn = learner(model, batches, device)
     start = Schedule([0.], Space().values(Space().start())[None])
     search = lambda *a, **k: lambda: HBACallback(*a, seed=0, warmup=0., **k)
-    main = {'plain again': lambda: None, 'first_bn': search(), 'the default: first_bn, λ rests in the first 30%': lambda: HBACallback(seed=0)}
-    arms = {**main, **{s: search(s) for s in STRATEGIES[1:]}, 'first_bn, conditioned on λ': search(condition='lambda'), 'replay': lambda: ScheduleCallback(start, seed=0)}
+    main = {'plain again': lambda: None, 'first_bn': search()}
+    if whole: main['the default: first_bn, λ rests in the first 30%'] = lambda: HBACallback(seed=0)
+    arms = main if whole else {**main, **{s: search(s) for s in STRATEGIES[1:]}, 'first_bn, conditioned on λ': search(condition='lambda'), 'replay': lambda: ScheduleCallback(start, seed=0)}
     seconds(learn); seconds(learn, HBACallback(seed=0)) # warm up
     rows = {k: [] for k in arms}
     for r in range(rounds):
@@ -100,7 +101,7 @@ def profile(model, device):
     return {'training step (forward, backward, optimizer)': a.rows(), 'policy transform': b.rows(), 'hyper-step': c.rows()}
 
 def peak(model, strategy, batches, device):
-    "MiB of one fit at its peak: allocated on the GPU; on a CPU, where the memory of a process is mostly noise of the allocator, the tensors kept for one backward pass"
+    "MiB of one fit at its peak: allocated on the GPU; on a CPU, where the memory of a process is mostly noise of the allocator, the tensors kept for one backward pass (weights among them), gradients and momentum"
     learn,cbs = learner(model, batches, device),[NoValid(), *([HBACallback(strategy, seed=0, warmup=0.)] if strategy!='plain' else [])]
     if device=='cuda':
         torch.cuda.reset_peak_memory_stats()
@@ -112,21 +113,21 @@ def peak(model, strategy, batches, device):
         def call(*a, f=getattr(cls, name), **k): held.clear(); f(*a, **k); most.append(sum(held.values()))
         return mock.patch.object(cls, name, call)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),fresh(Learner, '_do_one_batch'),fresh(HBACallback, 'hyper_step'): learn.fit(1, 1e-3, cbs=cbs)
-    return max(most)/2**20
+    return (max(most) + 2*sum(p.numel()*p.element_size() for p in learn.model.parameters()))/2**20
 
 def table(d):
     rows = []
     for m,r in d['models'].items():
         rows += [f'**{m}**, images of {MODELS[m][1]} pixels, batch {MODELS[m][2]}','','| fit | time ÷ plain (lowest, highest; rounds) | memory ÷ plain |','| --- | --- | --- |']
         for k,v in r['ratios'].items():
-            mem = r['memory'].get(k)
+            mem = r.get('memory', {}).get(k)
             rows.append('| {} | {:.2f} ({:.2f}, {:.2f}; {}) | {} |'.format(k, v['ratio'], v['low'], v['high'], v['rounds'], '{:.2f}'.format(mem/r['memory']['plain']) if mem else ''))
         s = r['share_of_search']
         rows += ['', f"Of a search with first_bn the policy transform takes {s['transform']:.1%}, forward, backward and optimizer {s['forward_backward_step']:.1%}, the hyper-steps {s['hyper_step']:.1%}; "
-                     f"a hyper-step takes {r['hyper_step_in_training_steps']:.2f} of a training step.", '', '| profile of one | ms | of which |', '| --- | --- | --- |',
-                 *[f"| {k} | {v['total_ms']:.1f} | {', '.join(f'{n} {t:.0%} ({c})' for n,t,c in v['top'])} |" for k,v in r['profile'].items()], '']
+                     f"a hyper-step takes {r['hyper_step_in_training_steps']:.2f} of a training step.", *(['', '| profile of one | ms | of which |', '| --- | --- | --- |'] if 'profile' in r else []),
+                 *[f"| {k} | {v['total_ms']:.1f} | {', '.join(f'{n} {t:.0%} ({c})' for n,t,c in v['top'])} |" for k,v in r.get('profile', {}).items()], '']
     e = d['environment']
-    return '\n'.join([*rows, f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['gpu'] or e['machine']}, {e['threads']} threads.", ''])
+    return '\n'.join([*rows, f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['gpu'] or e['machine']}, {e['threads']} thread(s), {e['stolen']:.0%} of the processor time taken by other machines on the host.", ''])
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
@@ -135,15 +136,17 @@ if __name__=='__main__':
     ap.add_argument('--threads', type=int, default=1)
     ap.add_argument('--rounds', type=int, default=5)
     ap.add_argument('--batches', type=int, default=12)
+    ap.add_argument('--whole', action='store_true', help='only the default, with so many batches that the rest of λ at the start counts as in a whole fit; to results/surcharge_whole_DEVICE')
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
     d = dict(models={}, rounds=a.rounds, batches=a.batches)
     for m in a.models:
-        d['models'][m] = ratios(m, a.rounds, a.batches, a.device)
+        d['models'][m] = ratios(m, a.rounds, a.batches, a.device, a.whole)
+        if a.whole: continue
         d['models'][m]['profile'] = profile(m, a.device)
         d['models'][m]['memory'] = {s: peak(m, s, 2, a.device) for s in ['plain',*STRATEGIES]}
     d['environment'] = environment()
-    out = RESULTS/f'surcharge_{a.device}.json'
+    out = RESULTS/f"surcharge_{'whole_' if a.whole else ''}{a.device}.json"
     save_json(out, d)
     out.with_suffix('.md').write_text(table(d))
     print(table(d))
