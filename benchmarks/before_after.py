@@ -34,7 +34,7 @@ if __name__=='__main__':
         subprocess.run(f'git -C {HERE.parent} archive {a.commit} hba_fastai | tar x -C {tmp}', shell=True, check=True)
         for _ in range(a.rounds):
             for k,path in (('before',tmp),('after',HERE.parent)):
-                out = subprocess.run([sys.executable, '-W', 'ignore', '-c', WORK, a.threads, k], capture_output=True, text=True, check=True, env={**os.environ, 'PYTHONPATH': str(path)}, cwd=tmp).stdout
+                out = subprocess.run([sys.executable, '-W', 'ignore', '-c', WORK, a.threads, k], capture_output=True, text=True, check=True, env={**os.environ, 'PYTHONPATH': str(path)}, cwd='/').stdout
                 for l in out.splitlines(): speed[k][l.split()[0]].append(float(l.split()[1]))
     d = dict(commit=a.commit, speed=speed, environment=environment())
     save_json(RESULTS/'before_after.json', d)
