@@ -117,7 +117,7 @@ def test_uncentred_layers_hold_the_plain_network_after_training():
     assert torch.allclose(seen['phi0'], seen['w']-seen['resp'], atol=1e-6) and seen['resp'].abs().max()>1e-4
 
 @pytest.mark.parametrize('opt_func', [SGD, lambda p,lr: OptimWrapper(p, torch.optim.SGD, lr=lr)])
-def test_optimizer_groups_and_saved_state(opt_func):
+def test_optimizer_groups_and_saved_state(opt_func, tmp_path):
     "φ learn at the rate of their layer's group; files written in mid-search are those of the plain Learner"
     split = lambda m: [list(m[:4].parameters()),list(m[4:].parameters())]
     learn = small_learner(opt_func=opt_func, splitter=split)
@@ -128,11 +128,11 @@ def test_optimizer_groups_and_saved_state(opt_func):
                 assert [len(g) for g in opt.param_lists]==[6+4,4]
                 assert all(any(p is q for q in opt.param_lists[0]) for p,_ in hba.hnet.params)
                 assert all(v.abs().max()>0 for k,v in hba.hnet.layers[0].V.items())
-                self.learn.save('mid', with_opt=True)
+                self.learn.save(f'{tmp_path}/mid', with_opt=True)
                 assert [len(g) for g in opt.param_lists]==[10,4]
     learn.fit(1, lr=slice(1e-3,1e-2), cbs=[HBACallback(), Mid()])
     fresh = small_learner(opt_func=opt_func, splitter=split)
-    fresh.load('mid', with_opt=True)
+    fresh.load(f'{tmp_path}/mid', with_opt=True)
     fresh.fit(1)
 
 def test_columns():
