@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # All GPU checks and figures in one command, under 8 minutes: bash benchmarks/gpu.sh
-# On a machine without internet: `bash benchmarks/gpu.sh wheels` first, where there is one, puts what is needed beside PyTorch into .wheels; take that folder along.
+# For a machine without internet: `bash benchmarks/gpu.sh wheels 3.12`, where there is internet, puts what is needed beside PyTorch for Python 3.12 into .wheels; take that folder along.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = wheels ]; then
-    pip wheel -q --no-deps -w .wheels fastai fastcore fasttransform plum-dispatch fastprogress fastdownload . && ls .wheels; exit
+    pip download -q --no-deps --only-binary=:all: --python-version "${2:-3.12}" -d .wheels fastai fastcore fasttransform plum-dispatch fastprogress fastdownload && ls .wheels; exit
 fi
 [ ! -d .wheels ] || python3 -m pip install -q --no-index --no-deps --force-reinstall .wheels/*.whl
 export PYTHONPATH="$PWD" PYTHONWARNINGS=ignore MPLBACKEND=Agg
