@@ -8,8 +8,8 @@ if [ "${1:-}" = wheels ]; then
 fi
 [ ! -d .wheels ] || python3 -m pip install -q --no-index --no-deps --force-reinstall .wheels/*.whl
 export PYTHONPATH="$PWD" PYTHONWARNINGS=ignore MPLBACKEND=Agg
-timeout 120 python3 -m pytest -q tests/test_kernels.py -k compiled || echo 'THE KERNELS DO NOT AGREE WITH THE EAGER OPERATIONS'
-timeout 240 python3 benchmarks/gpu.py
-timeout 90  python3 benchmarks/surcharge.py --device cuda --models wrn-16-2 --rounds 3
-timeout 60  python3 benchmarks/growth.py --device cuda --rounds 2
+timeout 100 python3 -m pytest -q tests/test_kernels.py -k compiled || echo 'THE KERNELS DO NOT AGREE WITH THE EAGER OPERATIONS'
+timeout 220 python3 benchmarks/gpu.py
+timeout 80  python3 benchmarks/surcharge.py --device cuda --models wrn-16-2 --rounds 3
+timeout 50  python3 benchmarks/growth.py --device cuda --rounds 2
 if [ -n "${OUT:-}" ]; then cp benchmarks/results/*cuda* benchmarks/results/gpu.* "$OUT"; fi
