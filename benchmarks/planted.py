@@ -21,7 +21,7 @@ from functools import partial
 from unittest import mock
 from common import *
 import hba_fastai.callback as hba_callback
-from hba_fastai.callback import HBACallback
+from hba_fastai.callback import SIGNAL,HBACallback
 from hba_fastai.cli import digits_net
 from hba_fastai.data import digits
 from hba_fastai.ops import OPS,OP_NAMES
@@ -230,7 +230,7 @@ def table():
     out = []
     for task,about in ABOUT.items():
         if not (OUT/task).exists(): continue
-        out += [f'**{task}**: {about}; shifts: {", ".join(TASKS[task][6])}.', '', '| configuration | runs | top-1 (95% interval) | top-3 (95% interval) | top-1 by severity | places of the planted operation, per shift | signal: planted, median (others, 95% quantile) | error % on the shifted test set | CPU s |', '| --- '*9+'|']
+        out += [f'**{task}**: {about}; shifts: {", ".join(TASKS[task][6])}.', '', f'| configuration | runs | top-1 (95% interval) | top-3 (95% interval) | top-1 by severity | places of the planted operation, per shift | signal: planted, median (others, 95% quantile) | signal of {SIGNAL:g} or more: planted, others | error % on the shifted test set | CPU s |', '| --- '*10+'|']
         for c,(what,_) in CONFIGS.items():
             rs = read(task, c)
             if len(rs)<8: continue # not finished
@@ -238,7 +238,7 @@ def table():
             share = lambda j: '{:.2f} ({:.2f}, {:.2f})'.format(sum(p<=j for p in k)/n, *wilson(sum(p<=j for p in k), n))
             by = ' '.join(f"{s}:{','.join(str(p) for p,r in zip(k, rs) if r['shift']==s)}" for s in TASKS[task][6])
             plant,rest = signals(rs)
-            out.append(f"| {what} | {n} | {share(1)} | {share(3)} | {sum(rank(r, 'severity')==0 for r in rs)/n:.2f} | {by} | {np.median(plant):.1f} ({np.quantile(rest, 0.95):.1f}) | "
+            out.append(f"| {what} | {n} | {share(1)} | {share(3)} | {sum(rank(r, 'severity')==0 for r in rs)/n:.2f} | {by} | {np.median(plant):.1f} ({np.quantile(rest, 0.95):.1f}) | {np.mean(plant>=SIGNAL):.2f}, {np.mean(rest>=SIGNAL):.2f} | "
                        f"{np.mean([r['test_error'] for r in rs]):.1f} | {np.mean([r['cpu_seconds'] for r in rs]):.0f} |")
         e = rs[-1]['environment'] if (rs:=read(task, next(c for c in CONFIGS if read(task, c)))) else {}
         out += ['', f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
