@@ -66,6 +66,7 @@ class Lam(Callback):
         if self.training: seen.append(self.learn.schedule.tfm.lam_i.clone())
 with small.distrib_ctx(sync_bn=False): small.fit(1, cbs=[C.ScheduleCallback(hba.schedule), Lam()])
 u,v = both(seen[0]); assert not torch.equal(u,v)
+dist.barrier(); dist.destroy_process_group() # else gloo's threads may still run when the interpreter ends, which aborts
 print('rank', rank, 'ok', flush=True)
 '''
 
