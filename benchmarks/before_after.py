@@ -36,11 +36,10 @@ if __name__=='__main__':
             for k,path in (('before',tmp),('after',HERE.parent)):
                 out = subprocess.run([sys.executable, '-W', 'ignore', '-c', WORK, a.threads, k], capture_output=True, text=True, check=True, env={**os.environ, 'PYTHONPATH': str(path)}, cwd='/').stdout
                 for l in out.splitlines(): speed[k][l.split()[0]].append(float(l.split()[1]))
-    d = dict(commit=a.commit, speed=speed, environment=environment())
+    d = dict(commit=a.commit, speed=speed, environment={**environment(), 'threads': int(a.threads)})
     save_json(RESULTS/'before_after.json', d)
     pm = lambda v: f'{np.median(v):,.0f} ({min(v):,.0f}, {max(v):,.0f})'
     rows = [f"| {s}x{s}, batch {b} | {pm(speed['before'][s])} | {pm(speed['after'][s])} | {np.median(np.divide(speed['after'][s], speed['before'][s])):.2f} |" for s,b in (('32',128),('224',64))]
-    e = d['environment']
     (RESULTS/'before_after.md').write_text('\n'.join([f'| images | before (commit {a.commit}), images/s | after | ratio, median of pairs |','| --- | --- | --- | --- |',*rows,'',
-        f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['machine']}, {a.threads} threads, {a.rounds} rounds in turns; {e['stolen']:.0%} of the processor time went to other machines on the host.",'']))
+        footer(d['environment'], f'{a.rounds} rounds in turns'),'']))
     print((RESULTS/'before_after.md').read_text())

@@ -1,8 +1,10 @@
 "What the benchmarks share: CIFAR-10 as JPEG in memory, Wide-ResNet, baseline augmentation, result files"
 import datetime,io,json,os,platform,sys,tarfile
 from pathlib import Path
+from unittest import mock
 import numpy as np, torch
 from PIL import Image
+from fastai.callback.core import Callback,CancelValidException
 from fastai.vision.augment import Normalize,RandTransform
 from fastai.vision.core import TensorImage
 from torch import nn
@@ -69,6 +71,12 @@ def wrn(depth=16, width=1, c=10):
         if isinstance(l, nn.Linear): nn.init.zeros_(l.bias)
     return m
 
+class Bfloat16(nn.Sequential):
+    "A network under autocast to bfloat16, channels last: twice as fast on processors with AMX"
+    def __init__(self, net): super().__init__(net.to(memory_format=torch.channels_last))
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16): return super().forward(x.contiguous(memory_format=torch.channels_last)).float()
+
 # --- the baseline augmentation of the paper: policy, then flip and crop, Normalize, then Cutout of half the image
 
 class FlipCrop(RandTransform):
@@ -105,6 +113,15 @@ def cifar_dls(sets, bs=128, cutout=True, extra=(), device=None):
 
 def quiet(row): pass
 
+class NoValid(Callback):
+    "No validation after each epoch: it costs as much as the training of 4,000 images and would hide the ratio of the times"
+    def before_validate(self): raise CancelValidException
+
+def around(cls, name, call):
+    "Within, the method runs as `call(method, *args, **kwargs)`"
+    f = getattr(cls, name)
+    return mock.patch.object(cls, name, lambda *a, **k: call(f, *a, **k))
+
 def error_on(learn, dl):
     "Error in percent of the model on `dl`"
     model,wrong,n = learn.model.eval(),0,0
@@ -120,6 +137,11 @@ def environment():
     return dict(command=' '.join(['python',*sys.argv]), date=datetime.date.today().isoformat(), python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
                 torchvision=torchvision.__version__, hba_fastai=hba_fastai.__version__, machine=f'{cpu}, {os.cpu_count()} cores', threads=torch.get_num_threads(),
                 stolen=round((_cpu()[1]-BEGAN[1])/max(_cpu()[0]-BEGAN[0], 1), 3), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+
+def footer(e, *more):
+    "The last line of a table of times, from `environment()`"
+    return ', '.join([f"`{e['command']}`", e['date'], f"torch {e['torch']}", e['gpu'] or e['machine'], f"{e['threads']} thread(s)",
+                      f"{e['stolen']:.0%} of the processor time taken by other machines on the host", *more])+'.'
 
 def save_json(path, d):
     "Write atomically, so that a run that is cut off leaves the old file or the new one"

@@ -2,7 +2,7 @@
 
     python benchmarks/controls.py --task wrn16 --epochs 60 --seeds 0 1 2 [--worker 0/2]     # runs what is missing, then writes the table
 
-Tasks: wrn16 is WRN-16-1 on 4,000/10,000/10,000 images of CIFAR-10 JPEG; small is WRN-10-1 on the same at 16 pixels. Batch 128, SGD as in the paper's Table 8.
+Tasks: wrn16 is WRN-16-1 in bfloat16 on 4,000/10,000/10,000 images of CIFAR-10 JPEG; small is WRN-10-1 on the same at 16 pixels. Batch 128, SGD as in the paper's Table 8.
 Each run appends a line to results/controls/TASK_EPOCHSep.jsonl; the table is results/controls.md. Seconds are CPU seconds of a process with one thread.
 """
 import argparse,ast,time
@@ -16,13 +16,12 @@ from functools import partial
 from torchvision.transforms import v2
 from common import *
 from planted import small
-from reduced_cifar import NoValid
 from hba_fastai.callback import AT,HBACallback,ScheduleCallback,_start
 from hba_fastai.schedule import Schedule
 from hba_fastai.space import ENHANCERS,Space
 
 OUT = RESULTS/'controls'
-TASKS = {'wrn16': (32, lambda: wrn(16,1)), 'small': (16, lambda: wrn(10,1))}
+TASKS = {'wrn16': (32, lambda: Bfloat16(wrn(16,1))), 'small': (16, lambda: wrn(10,1))}
 
 class PerImage(RandTransform):
     "A transform of torchvision, drawn for each image"
@@ -117,7 +116,7 @@ def table():
             d = [rs[arm,s]['test_error']-rs['replay',s]['test_error'] for s in seeds if (arm,s) in rs and ('replay',s) in rs]
             pm = lambda v,sign='': f'{{:{sign}.2f}} ± {{:.2f}}'.format(*mean_se(v))
             out.append(f"| {what} | {pm([o['test_error'] for o in r])}{'' if len(r)==len(seeds) else f' ({len(r)} seeds)'} | {pm(d, '+') if d and arm!='replay' else ''} | {np.mean([o['cpu_seconds'] for o in r]):.0f} |")
-        e = r[-1]['environment']
+        e = next(reversed(rs.values()))['environment']
         out += ['', f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
     return '\n'.join(['The same training for all; mean ± standard error over seeds. Validation images are used by the searches alone.', '', *out])
 

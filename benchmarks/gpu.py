@@ -19,9 +19,9 @@ import hba_fastai.ops as ops
 from hba_fastai.callback import HBACallback,PolicyTransform
 from hba_fastai.policy import PBAPolicy
 from hba_fastai.space import Space
-from surcharge import NoValid,Timed
+from surcharge import timed
 
-def timed(f, device, n=30):
+def milliseconds(f, device, n=30):
     "Median milliseconds of `f` by device events"
     for _ in range(5): f()
     if device!='cuda':
@@ -40,12 +40,12 @@ def transform(device):
         u,policy = torch.randint(0, 256, (b,3,size,size), dtype=torch.uint8, device=device),PBAPolicy().to(device)
         lam = policy.space.start().expand(b,-1).to(device)
         draw,big = policy.draw(lam),torch.randint(0, 256, (2**28 if device=='cuda' else 2**20,), dtype=torch.uint8, device=device)
-        r = dict(size=size, batch=b, draw=timed(lambda: policy.draw(lam), device), fused=timed(lambda: policy.apply(u, draw), device), copy_gb_s=2e-6*big.numel()/timed(big.clone, device))
-        with mock.patch.object(ops, 'fused', lambda *a: False): r['eager'] = timed(lambda: policy.apply(u, draw, dense=True), device)
+        r = dict(size=size, batch=b, draw=milliseconds(lambda: policy.draw(lam), device), fused=milliseconds(lambda: policy.apply(u, draw), device), copy_gb_s=2e-6*big.numel()/milliseconds(big.clone, device))
+        with mock.patch.object(ops, 'fused', lambda *a: False): r['eager'] = milliseconds(lambda: policy.apply(u, draw, dense=True), device)
         todo,fill = ops.plan(draw.op, draw.m, draw.centre, size, size),torch.zeros(3, dtype=torch.uint8, device=device)
         if ops.fused(u, todo.row):
             t = todo.table[:,0,None].repeat(1,3,1).contiguous()
-            r['kernel'] = timed(lambda: ops.operate(u, draw.op[:,0], draw.m[:,0], t, todo.row[:,0], todo.col[:,0], todo.hole_row[:,0], todo.hole_col[:,0], fill), device)
+            r['kernel'] = milliseconds(lambda: ops.operate(u, draw.op[:,0], draw.m[:,0], t, todo.row[:,0], todo.col[:,0], todo.hole_row[:,0], todo.hole_col[:,0], fill), device)
             r['kernel_gb_s'] = 2e-6*u.numel()/r['kernel']
         rows.append(r)
     return rows
@@ -90,8 +90,8 @@ def end_to_end(device, data, epochs):
         sync(); return time.perf_counter()-t
     fit([HBACallback(seed=0, warmup=0.)], 2) # warm up and compile
     out['plain'],out['search, with timers'] = fit([], max(epochs//10, 1))*epochs/max(epochs//10, 1),0.
-    with Timed(PolicyTransform, '__call__', sync) as tr,Timed(HBACallback, 'hyper_step', sync) as hy: t = fit([HBACallback(seed=0, warmup=0.)], max(epochs//10, 1))
-    out.update({'search, with timers': t*epochs/max(epochs//10, 1), 'share of the transform': tr.t/t, 'share of the hyper-steps': hy.t/t})
+    with timed(PolicyTransform, '__call__', sync) as tr,timed(HBACallback, 'hyper_step', sync) as hy: t = fit([HBACallback(seed=0, warmup=0.)], max(epochs//10, 1))
+    out.update({'search, with timers': t*epochs/max(epochs//10, 1), 'share of the transform': sum(tr)/t, 'share of the hyper-steps': sum(hy)/t})
     out['search'] = fit([HBACallback(seed=0, warmup=0.)], epochs)
     return {**out, 'epochs': epochs}
 
@@ -103,8 +103,7 @@ def table(d):
     rows += ['', f"End to end, WRN-40-2, {e['epochs']} epochs of 31 steps: search {e['search']:.1f} s, plain {e['plain']:.1f} s (a tenth of the epochs, times ten), ratio {e['search']/e['plain']:.2f}. "
              f"Of a search with timers (which synchronise) the transform takes {e['share of the transform']:.1%}, the hyper-steps {e['share of the hyper-steps']:.1%}.", '',
              f"No synchronisation in {s['transforms']} policy transforms and {s['hyper_steps']} hyper-steps." if s else 'Synchronisations: not looked for without a GPU.', '']
-    e = d['environment']
-    return '\n'.join([*rows, f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['gpu'] or e['machine']}.", ''])
+    return '\n'.join([*rows, footer(d['environment']), ''])
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()

@@ -8,7 +8,7 @@ import argparse,time
 import torch
 from unittest import mock
 from common import *
-from surcharge import NoValid,Timed,learner,seconds
+from surcharge import learner,seconds,timed
 from transform import measure
 import hba_fastai.policy as hba_policy
 from hba_fastai.callback import HBACallback
@@ -37,16 +37,15 @@ def hyper_rows(device, rounds, sync):
     seconds(learn, HBACallback(seed=0, warmup=0.), sync)
     for _ in range(rounds):
         for n in layers:
-            with Timed(HBACallback, 'hyper_step', sync) as t: seconds(learn, HBACallback(norms[:n], seed=0, warmup=0.), sync)
-            layers[n].append(t.t/3)
+            with timed(HBACallback, 'hyper_step', sync) as t: seconds(learn, HBACallback(norms[:n], seed=0, warmup=0.), sync)
+            layers[n].append(sum(t)/3)
         for n in steps: steps[n].append(seconds(learn, HBACallback(T_val=n, seed=0, warmup=0.) if n else None, sync))
     med = lambda d: {str(k): [float(np.median(v)/np.median(d[next(iter(d))])), 1000*float(np.median(v))] for k,v in d.items()}
     return {'hyper-step: number of hyper-layers (batch norms of WRN-16-2)': med(layers), 'search of 6 batches: hyper-steps after every second one (0: plain)': med(steps)}
 
 def table(d):
     rows = [f"| {k} | {', '.join(f'{n}: {r:.2f} ({ms:.1f} ms)' for n,(r,ms) in v.items())} |" for k,v in d['rows'].items()]
-    e = d['environment']
-    return '\n'.join(['| what grows | time ÷ that of the first (time) |','| --- | --- |',*rows,'',f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['gpu'] or e['machine']}, {e['threads']} thread(s), {e['stolen']:.0%} of the processor time taken by other machines on the host.",''])
+    return '\n'.join(['| what grows | time ÷ that of the first (time) |','| --- | --- |',*rows,'',footer(d['environment']),''])
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()

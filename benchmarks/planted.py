@@ -27,7 +27,6 @@ from hba_fastai.data import digits
 from hba_fastai.ops import OPS,OP_NAMES
 from hba_fastai.policy import PBAPolicy
 from hba_fastai.space import GEOMETRIC,TABLE7,Space
-from reduced_cifar import NoValid
 
 OUT = RESULTS/'planted'
 
@@ -64,6 +63,7 @@ DIGIT_SHIFTS = 'Invert Rotate TranslateX TranslateY ShearX ShearY Contrast Brigh
 TASKS = { # sets, network, batch, epochs, learning rate, weight decay, shifts, pixels of padding before the crop
     'cifar': (cifar_sets, lambda: wrn(10,1), 128, 30, 0.1, 5e-4, CIFAR_SHIFTS, 4),
     'cifar16': (partial(cifar_sets, size=16), lambda: wrn(10,1), 128, 20, 0.1, 5e-4, CIFAR_SHIFTS, 2),
+    'long': (partial(cifar_sets, size=16), lambda: Bfloat16(wrn(10,1)), 128, 40, 0.1, 5e-4, CIFAR_SHIFTS, 2),
     'digits': (digits_sets, digits_net, 50, 30, 0.05, 5e-4, DIGIT_SHIFTS, 1),
     'wrn16': (cifar_sets, lambda: wrn(16,1), 128, 60, 0.1, 5e-4, CIFAR_SHIFTS, 4)}
 
@@ -71,9 +71,10 @@ TASKS = { # sets, network, batch, epochs, learning rate, weight decay, shifts, p
 
 class Variant(HBACallback):
     "`HBACallback` with what was tried and did not become an option"
-    def __init__(self, travel=None, b1=0.9, antithetic=False, hyper_bs=None, lr_v=1., decay=False, whiten=None, by_kind=False, **kwargs):
+    def __init__(self, travel=None, b1=0.9, antithetic=False, hyper_bs=None, gain=hba_callback.GAIN, decay=False, whiten=None, by_kind=False, **kwargs):
         super().__init__(**kwargs)
-        self.travel,self.b1,self.antithetic,self.hyper_bs,self.lr_v,self.decay,self.whiten,self.by_kind,self.scale = travel,b1,antithetic,hyper_bs,lr_v,decay,whiten,by_kind,None
+        self.travel,self.b1,self.antithetic,self.hyper_bs,self.decay,self.whiten,self.by_kind = travel,b1,antithetic,hyper_bs,decay,whiten,by_kind
+        self.scale = None if whiten else gain/hba_callback.GAIN if self.condition=='dose' else 1.
 
     def attach(self):
         super().attach()
@@ -85,22 +86,16 @@ class Variant(HBACallback):
     def z(self, lam):
         "With `whiten`: features in units of their standard deviation at the start, times `whiten`"
         z = super().z(lam)
-        if not self.whiten: return z
         if self.scale is None:
             g = torch.Generator().manual_seed(0)
             many = lam.detach() + self.sigma*torch.randn(20_000, len(lam), generator=g)
-            sd = (self.policy.features(self.policy.draw(many, g)) if self.condition=='dose' else many).std(0)
+            sd = (hba_callback.GAIN*self.policy.features(self.policy.draw(many, g)) if self.condition=='dose' else many).std(0)
             self.scale = torch.where(sd>1e-6, self.whiten/sd, 0)
         return z*self.scale
 
     def _z_batch(self):
-        if not self.whiten: return super()._z_batch()
-        return (self.policy.features(self.tfm.drawn) if self.condition=='dose' else self.tfm.lam_i)*self.scale-self.ref
-
-    def after_backward(self):
-        super().after_backward()
-        for l in self.hnet.layers:
-            for v in l.V.values(): v.grad *= self.lr_v
+        ref = self.ref if self.centred else 0
+        return (super()._z_batch()+ref)*self.scale-ref
 
     def hyper_step(self):
         adam = partial(adam_by_kind if self.by_kind else hba_callback.adam, b1=self.b1)
@@ -118,16 +113,17 @@ def pairs(lam, sigma, n, generator, active):
     e = torch.randn((n+1)//2, len(lam), generator=generator)
     return lam + sigma*active*torch.cat([e,-e])[:n]
 
-FIRST = dict(centred=True, start=0.05, floor=0.001, warmup=0., joint=False) # what the package began with
+FIRST = dict(centred=True, start=0.05, floor=0.001, warmup=0., joint=False, gain=1.) # what the package began with
 D = {**FIRST, 'condition': 'dose'}
 B = {**D, 'start': (0.05,0.3), 'floor': 0.02}
 S = {**B, 'joint': True}
+W = {**S, 'warmup': 0.3}
 PAPER = {**FIRST, 'condition': 'lambda', 'centred': False}
 CONFIGS = { # what it is, arguments
-  'default': ('W, the defaults of the package: S with warm-up 0.3', {}),
+  'default': ('the defaults of the package: W, features √5 times as long', {}),
   'paper': ('`HBACallback.paper()`', PAPER), 'paper_decay': ('the same, φ decayed', {**PAPER, 'decay': True}),
   'lambda': ('centred, conditioned on λ', {**FIRST, 'condition': 'lambda'}),
-  'lambda_w': ('conditioned on λ, else as W', {'condition': 'lambda'}),
+  'lambda_w': ('conditioned on λ, else as W', {**W, 'condition': 'lambda'}),
   'dose': ('centred, conditioned on the dose', D),
   'white': ('dose, features scaled to a standard deviation of 0.3', {**D, 'whiten': 0.3}),
   'white1': ('dose, features scaled to a standard deviation of 1', {**D, 'whiten': 1.}),
@@ -139,26 +135,23 @@ CONFIGS = { # what it is, arguments
   'S_bn': ('S, all batch norms', {**S, 'strategy': 'bn'}),
   'S_conv1bn1': ('S, first convolution and first batch norm', {**S, 'strategy': 'first_conv+first_bn'}),
   'S_p1_f05': ('S, probabilities start at 0.1, floor 0.05', {**S, 'start': (0.1,0.3), 'floor': 0.05}),
-  'S_warm': ('S, warm-up 0.2', {**S, 'warmup': 0.2}),
-  'W5': ('S with warm-up 0.5', {'warmup': 0.5}),
-  'W_bn': ('W, all batch norms', {'strategy': 'bn'}),
-  'W_conv1bn1': ('W, first convolution and first batch norm', {'strategy': 'first_conv+first_bn'}),
-  'W_first_conv': ('W, first convolution', {'strategy': 'first_conv'}), 'W_conv': ('W, all convolutions', {'strategy': 'conv'}),
-  'W_conv+bn': ('W, all convolutions and batch norms', {'strategy': 'conv+bn'}),
-  'W_white': ('W, features scaled to 0.3', {'whiten': 0.3}),
-  'W_bn_white': ('W, all batch norms, features scaled to 0.3', {'strategy': 'bn', 'whiten': 0.3}),
-  'W_hbs4': ('W, hyper-batches of 512', {'hyper_bs': 512}),
-  'W_hbs4_bn': ('W, all batch norms, hyper-batches of 512', {'hyper_bs': 512, 'strategy': 'bn'}),
-  'W_lrv5': ('W, φ_V learns 5 times as fast', {'lr_v': 5.}),
-  'W_adam': ('W without joint second moment', {'joint': False}),
-  'W_p1': ('W, probabilities start at 0.1, floor 0.05', {'start': (0.1,0.3), 'floor': 0.05}),
-  'W_b97': ('W, first moment over 30 steps', {'b1': 0.97}),
-  'W_t20': ('W, hyper learning rate 20/steps', {'travel': 20}),
-  'W_s05': ('W, σ = 0.5', {'sigma': 0.5}),
-  'W_s2': ('W, σ = 2', {'sigma': 2.}),
-  'W_T1': ('W, a hyper-step after every step', {'T_train': 1}),
-  'W_pairs': ('W, ε in pairs +ε, -ε', {'antithetic': True}),
-  'W_raw': ('W, un-centred', {'centred': False})}
+  'S_warm': ('S, warm-up 0.2', {**S, 'warmup': 0.2}), 'W5': ('S, warm-up 0.5', {**S, 'warmup': 0.5}),
+  'W': ('W: S, warm-up 0.3', W),
+  'W_bn': ('W, all batch norms', {**W, 'strategy': 'bn'}),
+  'W_first_conv': ('W, first convolution', {**W, 'strategy': 'first_conv'}),
+  'W_conv+bn': ('W, all convolutions and batch norms', {**W, 'strategy': 'conv+bn'}),
+  'W_white': ('W, features scaled to 0.3', {**W, 'whiten': 0.3}),
+  'W_hbs4': ('W, hyper-batches of 512', {**W, 'hyper_bs': 512}),
+  'W_b97': ('W, first moment over 30 steps', {**W, 'b1': 0.97}),
+  'W_t20': ('W, hyper learning rate 20/steps', {**W, 'travel': 20}),
+  'W_s05': ('W, σ = 0.5', {**W, 'sigma': 0.5}), 'W_s2': ('W, σ = 2', {**W, 'sigma': 2.}),
+  'W_T1': ('W, a hyper-step after every step', {**W, 'T_train': 1}),
+  'W_pairs': ('W, ε in pairs +ε, -ε', {**W, 'antithetic': True}),
+  'gain10': ('W, features √10 times as long', {'gain': 10**0.5}), 'gain25': ('W, features 5 times as long', {'gain': 5.}),
+  'bn': ('the defaults, all batch norms', {'strategy': 'bn'}), 'first_conv': ('the defaults, first convolution', {'strategy': 'first_conv'}),
+  'conv': ('the defaults, all convolutions', {'strategy': 'conv'}), 'conv+bn': ('the defaults, all convolutions and batch norms', {'strategy': 'conv+bn'}),
+  's05': ('the defaults, σ = 0.5', {'sigma': 0.5}), 's2': ('the defaults, σ = 2', {'sigma': 2.}),
+  'T1': ('the defaults, a hyper-step after every step', {'T_train': 1})}
 
 # --- one run
 
@@ -223,6 +216,7 @@ def signals(rs):
 
 ABOUT = {'digits': 'digits, 16 pixels, a network of three convolutions, 500 images, 30 epochs (150 hyper-steps without warm-up)',
          'cifar16': 'CIFAR-10 JPEG at 16 pixels, WRN-10-1, 4,000 images, 20 epochs (310 hyper-steps)', 'cifar': 'CIFAR-10 JPEG, WRN-10-1, 4,000 images, 30 epochs (465 hyper-steps)',
+         'long': 'CIFAR-10 JPEG at 16 pixels, WRN-10-1 in bfloat16, 4,000 images, 40 epochs (620 hyper-steps without warm-up)',
          'wrn16': 'CIFAR-10 JPEG, WRN-16-1, 4,000 images, 60 epochs'}
 
 def table():

@@ -19,10 +19,6 @@ from hba_fastai.schedule import Schedule
 
 OUT = RESULTS/'reduced_cifar'
 
-class NoValid(Callback):
-    "No validation after each epoch: it costs as much as the training of 4,000 images and would hide the ratio of the times"
-    def before_validate(self): raise CancelValidException
-
 def train(seed, epochs, cbs=None, cutout=True, depth=16, width=1, lr=0.05, wd=0.005, device=None):
     "One training as in Table 8: SGD with momentum 0.9, cosine to zero, not validated on the way. Returns the Learner, its errors in percent and its seconds"
     set_seed(seed)

@@ -5,14 +5,13 @@
 Plain fits and searches of the same few batches alternate, and the ratio is the median over rounds, with its spread; attaching and detaching are part of a fit. Also a torch.profiler
 profile of one training step, one transform and one hyper-step, and the peak of memory (see `peak`). Writes results/surcharge_DEVICE.json and .md.
 """
-import argparse,time
+import argparse,itertools,time
+from contextlib import contextmanager
 import torch
-from fastai.callback.core import Callback,CancelValidException
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from functools import partial
-from unittest import mock
 from common import *
 from hba_fastai.callback import HBACallback,ScheduleCallback,PolicyTransform
 from hba_fastai.schedule import Schedule
@@ -31,19 +30,15 @@ def learner(model, batches, device):
     learn.remove_cb(ProgressCallback); learn.logger = quiet
     return learn
 
-class NoValid(Callback):
-    def before_validate(self): raise CancelValidException
-
-class Timed:
-    "Adds up the seconds that a method takes"
-    def __init__(self, cls, name, sync): self.cls,self.name,self.f,self.t,self.sync = cls,name,getattr(cls,name),0.,sync
-    def __enter__(self):
-        def timed(*a, **k):
-            self.sync(); t = clock()
-            try: return self.f(*a, **k)
-            finally: self.sync(); self.t += clock()-t
-        setattr(self.cls, self.name, timed); return self
-    def __exit__(self, *a): setattr(self.cls, self.name, self.f)
+@contextmanager
+def timed(cls, name, sync):
+    "The seconds of each call of a method"
+    took = []
+    def call(f, *a, **k):
+        sync(); t = clock()
+        try: return f(*a, **k)
+        finally: sync(); took.append(clock()-t)
+    with around(cls, name, call): yield took
 
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time # CPU seconds: another machine on the same host takes nothing from them
 
@@ -70,35 +65,35 @@ def ratios(model, rounds, batches, device, whole):
             b,c = seconds(learn, cb(), sync),seconds(learn, sync=sync)
             rows[k].append(2*b/(a+c)) # between two plain fits, so that a drift of the machine cancels
             a = c
-    with Timed(PolicyTransform, '__call__', sync) as tr,Timed(HBACallback, 'hyper_step', sync) as hy,Timed(Learner, '_do_one_batch', sync) as st:
+    with timed(PolicyTransform, '__call__', sync) as tr,timed(HBACallback, 'hyper_step', sync) as hy,timed(Learner, '_do_one_batch', sync) as st:
         total = seconds(learn, HBACallback(seed=0, warmup=0.), sync)
+    transform,hyper,steps = map(sum, (tr, hy, st))
     return dict(ratios={k: dict(ratio=float(np.median(v)), low=min(v), high=max(v), rounds=len(v)) for k,v in rows.items()},
-                share_of_search=dict(transform=tr.t/total, forward_backward_step=st.t/total, hyper_step=hy.t/total), steps=batches, hyper_steps=batches//2,
-                hyper_step_in_training_steps=(hy.t/(batches//2))/(st.t/batches))
+                share_of_search=dict(transform=transform/total, forward_backward_step=steps/total, hyper_step=hyper/total), steps=batches, hyper_steps=batches//2,
+                hyper_step_in_training_steps=(hyper/(batches//2))/(steps/batches))
 
-class Profiled:
-    "Profiles the call number `at` of a method"
-    def __init__(self, cls, name, at, device): self.cls,self.name,self.f,self.at,self.n,self.device,self.prof = cls,name,getattr(cls,name),at,0,device,None
-    def __enter__(self):
-        P = torch.profiler
-        def call(*a, **k):
-            self.n += 1
-            if self.n!=self.at: return self.f(*a, **k)
-            with P.profile(activities=[P.ProfilerActivity.CPU, *([P.ProfilerActivity.CUDA] if self.device=='cuda' else [])]) as self.prof: return self.f(*a, **k)
-        setattr(self.cls, self.name, call); return self
-    def __exit__(self, *a): setattr(self.cls, self.name, self.f)
-    def rows(self, n=9):
-        "The calls with the most time of their own, in parts of all"
-        own = (lambda e: e.self_device_time_total) if self.device=='cuda' else (lambda e: e.self_cpu_time_total)
-        es = sorted(self.prof.key_averages(), key=own, reverse=True)
-        total = sum(map(own, es))
-        return dict(total_ms=total/1000, top=[[e.key, own(e)/total, e.count] for e in es[:n]])
+@contextmanager
+def profiled(cls, name, at, device):
+    "The `torch.profiler.profile` of call number `at` of a method, in a list"
+    P,out,n = torch.profiler,[],itertools.count(1)
+    def call(f, *a, **k):
+        if next(n)!=at: return f(*a, **k)
+        with P.profile(activities=[P.ProfilerActivity.CPU, *([P.ProfilerActivity.CUDA] if device=='cuda' else [])]) as p: r = f(*a, **k)
+        out.append(p); return r
+    with around(cls, name, call): yield out
+
+def longest(prof, device, n=9):
+    "The calls with the most time of their own, in parts of all"
+    own = (lambda e: e.self_device_time_total) if device=='cuda' else (lambda e: e.self_cpu_time_total)
+    es = sorted(prof.key_averages(), key=own, reverse=True)
+    total = sum(map(own, es))
+    return dict(total_ms=total/1000, top=[[e.key, own(e)/total, e.count] for e in es[:n]])
 
 def profile(model, device):
     "Where the time of one training step, of the transform of its batch and of one hyper-step goes"
     learn = learner(model, 8, device)
-    with Profiled(Learner, '_do_one_batch', 6, device) as a,Profiled(PolicyTransform, '__call__', 6, device) as b,Profiled(HBACallback, 'hyper_step', 3, device) as c: seconds(learn, HBACallback(seed=0, warmup=0.))
-    return {'training step (forward, backward, optimizer)': a.rows(), 'policy transform': b.rows(), 'hyper-step': c.rows()}
+    with profiled(Learner, '_do_one_batch', 6, device) as a,profiled(PolicyTransform, '__call__', 6, device) as b,profiled(HBACallback, 'hyper_step', 3, device) as c: seconds(learn, HBACallback(seed=0, warmup=0.))
+    return {k: longest(p[0], device) for k,p in (('training step (forward, backward, optimizer)',a), ('policy transform',b), ('hyper-step',c))}
 
 def peak(model, strategy, batches, device):
     "MiB of one fit at its peak: allocated on the GPU; on a CPU, where the memory of a process is mostly noise of the allocator, the tensors kept for one backward pass (weights among them), gradients and momentum"
@@ -109,10 +104,8 @@ def peak(model, strategy, batches, device):
         return torch.cuda.max_memory_allocated()/2**20
     held,most = {},[]
     def keep(t): held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
-    def fresh(cls, name):
-        def call(*a, f=getattr(cls, name), **k): held.clear(); f(*a, **k); most.append(sum(held.values()))
-        return mock.patch.object(cls, name, call)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),fresh(Learner, '_do_one_batch'),fresh(HBACallback, 'hyper_step'): learn.fit(1, 1e-3, cbs=cbs)
+    def fresh(f, *a, **k): held.clear(); f(*a, **k); most.append(sum(held.values()))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),around(Learner, '_do_one_batch', fresh),around(HBACallback, 'hyper_step', fresh): learn.fit(1, 1e-3, cbs=cbs)
     return (max(most) + 2*sum(p.numel()*p.element_size() for p in learn.model.parameters()))/2**20
 
 def table(d):
@@ -126,8 +119,7 @@ def table(d):
         rows += ['', f"Of a search with first_bn the policy transform takes {s['transform']:.1%}, forward, backward and optimizer {s['forward_backward_step']:.1%}, the hyper-steps {s['hyper_step']:.1%}; "
                      f"a hyper-step takes {r['hyper_step_in_training_steps']:.2f} of a training step.", *(['', '| profile of one | ms | of which |', '| --- | --- | --- |'] if 'profile' in r else []),
                  *[f"| {k} | {v['total_ms']:.1f} | {', '.join(f'{n} {t:.0%} ({c})' for n,t,c in v['top'])} |" for k,v in r.get('profile', {}).items()], '']
-    e = d['environment']
-    return '\n'.join([*rows, f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['gpu'] or e['machine']}, {e['threads']} thread(s), {e['stolen']:.0%} of the processor time taken by other machines on the host.", ''])
+    return '\n'.join([*rows, footer(d['environment']), ''])
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()

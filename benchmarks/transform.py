@@ -59,7 +59,7 @@ def table(d):
     for r in d['rows']:
         for k,v in r['speed'].items(): rows.append(f"| {r['size']}x{r['size']} | {r['batch']} | {k} | {np.median(v):,.0f} ({min(v):,.0f}, {max(v):,.0f}) | {np.median(v)/np.median(r['speed']['copy of the float batch']):.4f} |")
     e = d['environment']
-    return '\n'.join([*rows,'',f"`{e['command']}`, {e['date']}, torch {e['torch']}, torchvision {e['torchvision']}, {e['gpu'] or e['machine']}, {e['threads']} thread(s), {e['stolen']:.0%} of the processor time taken by other machines on the host, {d['rounds']} rounds.",''])
+    return '\n'.join([*rows,'',footer(e, f"torchvision {e['torchvision']}", f"{d['rounds']} rounds"),''])
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../nbs/06_checkpoint.ipynb #e210873f
-MAGIC = b'hba-fastai checkpoint 2\n'
+# %% ../nbs/06_checkpoint.ipynb #62a4660f
+MAGIC = b'hba-fastai checkpoint 3\n'
 
 class CheckpointError(ValueError):
     "A file that should hold a checkpoint of a search and cannot be used"

@@ -299,3 +299,19 @@ def test_the_preset_is_the_papers_setting():
     assert (hba.strategy,hba.condition,hba.centred,hba.warmup,hba.joint,hba.seed,hba.T_train)==('first_bn','lambda',False,0.,False,3,4)
     assert torch.allclose(hba.lam, Space().start()) and hba.lowest.max()<=Space().start(0.001).max()
     small_learner().fit(1, cbs=hba)
+
+def test_longer_features_are_a_faster_response(monkeypatch):
+    "Features √5 times as long are, under SGD, a response that learns five times as fast"
+    class Faster(HBACallback):
+        def after_backward(self):
+            super().after_backward()
+            for l in self.hnet.layers:
+                for v in l.V.values(): v.grad *= self.times
+    def found(times):
+        hba = Faster(seed=0, warmup=0.); hba.times = times
+        learn = small_learner(opt_func=lambda ps,lr: SGD(ps, lr, mom=0.9))
+        learn.fit(2, 1e-2, cbs=hba)
+        return hba.lam
+    lam = found(1)
+    monkeypatch.setattr('hba_fastai.callback.GAIN', 1.)
+    assert torch.allclose(lam, found(5), atol=1e-5) and not torch.allclose(lam, found(1), atol=1e-2)
