@@ -91,7 +91,7 @@ def _bilinear(v, x, y, fill):
     out = (pick(0,0).lerp(pick(1,0), fx)).lerp(pick(0,1).lerp(pick(1,1), fx), fy).round_().to(v.dtype)
     return torch.where(inside[:,None], out, fill.to(v).view(1,-1,1,1))
 
-# %% ../nbs/01_ops.ipynb #484a9df5
+# %% ../nbs/01_ops.ipynb #4bf89ab3
 def blend(d:Tensor, v:Tensor, m:Tensor) -> Tensor:
     "Pillow's `Image.blend` of float levels: d + m·(v - d), clipped to 0..255, without the fraction. m=0 gives `d`, m=1 gives `v`"
     return (v-d).mul_(m).add_(d).clamp_(0,255).int().to(torch.uint8)
@@ -104,18 +104,18 @@ def luma(v:Tensor) -> Tensor: # Float levels (B,C,H,W) -> (B,1,H,W)
 
 def mean_level(v:Tensor) -> Tensor:
     "Mean grey level (B,1,1) of levels `v`, rounded as `ImageEnhance.Contrast` does"
-    return mean_of(luma(v.float()).flatten(1).sum(1, dtype=torch.int64), v[0,0].numel())
+    return mean_of(luma(v.float()).flatten(1).sum(1, dtype=torch.int64), v.shape[2:].numel())
 
 def mean_of(total:Tensor, n:int) -> Tensor: # (B,) -> (B,1,1)
     "Rounded mean of `n` levels with the sum `total`"
     return ((2*total.long()+n) // (2*n)).float()[:,None,None]
 
-# %% ../nbs/01_ops.ipynb #33a4f28f
+# %% ../nbs/01_ops.ipynb #21f9c2b3
 def histogram(v:Tensor) -> Tensor: # Grey levels (B,C,H,W) -> (B,C,256), int64
     "How many pixels have each level"
     i,n = v.flatten(2).long(),len(v)*v.shape[1]
     if v.device.type!='cpu': return i.new_zeros(*v.shape[:2],256).scatter_add_(2, i, i.new_ones(1).expand_as(i)) # `bincount` waits for a GPU
-    return (i + 256*torch.arange(n).view(*v.shape[:2],1)).flatten().bincount(minlength=256*n).view(*v.shape[:2],256)
+    return (i + torch.arange(0, 256*n, 256).view(*v.shape[:2],1)).flatten().bincount(minlength=256*n).view(*v.shape[:2],256)
 
 def equalize_table(h:Tensor) -> Tensor:
     "The table (B,C,256) of Pillow's `equalize`, from histograms (B,C,256)"
@@ -125,7 +125,7 @@ def equalize_table(h:Tensor) -> Tensor:
     t = (step//2 + h.cumsum(2)-h) // step.clamp(min=1)
     return torch.where(step>0, t.clamp_(max=255), level).to(torch.uint8)
 
-# %% ../nbs/01_ops.ipynb #0771ff0b
+# %% ../nbs/01_ops.ipynb #7e88a0f0
 def ramp(d:Tensor, a:Tensor, e:Tensor) -> Tensor: # (...,1) each -> (...,256)
     "Levels d + a·(g - e), clipped to 0..255"
     return (torch.arange(256, device=a.device, dtype=torch.float32)-e).mul_(a).add_(d).clamp_(0,255)
@@ -134,7 +134,7 @@ def tables(op:Tensor, m:Tensor) -> Tensor: # Codes and magnitudes (...,) -> (...
     "Tables of the operations that do not look at the image; the identity for the others"
     op,m = op[...,None],m[...,None].float()
     invert,bits = op==OP['Invert'],(m.round().clamp_(0,7)*(op==OP['Posterize'])).int()
-    t = ramp(255.*invert, torch.where(op==OP['Brightness'], m, 1).masked_fill_(invert, -1), torch.zeros_like(m)).int()
+    t = (torch.arange(256, device=m.device)*torch.where(op==OP['Brightness'], m, 1).masked_fill_(invert, -1)).add_(255*invert).clamp_(0,255).int()
     t = torch.where(t < torch.where(op==OP['Solarize'], 256-m, 256), t, 255-t)
     return (t >> bits << bits).to(torch.uint8)
 
@@ -152,7 +152,7 @@ def autocontrast_table(lo:Tensor, hi:Tensor) -> Tensor:
     flat = hi<=lo
     return ramp((lo*flat).add_(1e-4), torch.where(flat, 1, 255/(hi-lo).clamp_(min=1)), lo).to(torch.uint8)
 
-# %% ../nbs/01_ops.ipynb #2f4cf2d5
+# %% ../nbs/01_ops.ipynb #fde859fc
 def on_samples(
     v:Tensor, # (B,...), may be changed in place
     op,       # Code of each sample: `spans` on a CPU, a tensor (B,) on an accelerator
@@ -165,7 +165,8 @@ def on_samples(
     found = [op[OP[o]] for o in names if OP[o] in op]
     if found:
         part = slice(min(a for a,_ in found), max(b for _,b in found))
-        v[part].copy_(f(v[part], lambda o: o[part]))
+        w = v[part]
+        w.copy_(f(w, lambda o: o[part]))
     return v
 
 def by_kernel(codes:list) -> list:
@@ -221,12 +222,11 @@ def cutout(v:Tensor, row:Tensor, col:Tensor, fill:Tensor) -> Tensor:
     "Fill the squares given by `hole_lines` (B,H) and (B,W) in grey levels `v`"
     return v ^ ((v ^ fill.view(1,-1,1,1)) & (row[:,None,:,None] & col[:,None,None,:])) # `where` is forty times slower for uint8
 
-# %% ../nbs/01_ops.ipynb #5f8d7ad9
+# %% ../nbs/01_ops.ipynb #8391634e
 class Plan(NamedTuple):
     "K operations per sample, and what follows from them for images of one size"
     op:Tensor    # Codes (B,K): indices into `OP_NAMES`, -1 for none
     m:Tensor     # Magnitudes (B,K), in the units of Table 7, signed for the five geometric operations
-    table:Tensor # `tables` (B,K,256)
     row:Tensor   # `affine_lines` (B,K,2,H)
     col:Tensor   # and (B,K,2,W)
     hole_row:Tensor # `hole_lines` (B,K,H)
@@ -239,7 +239,7 @@ def plan(
     bilinear:bool=False # Interpolate in the geometric operations
 ) -> Plan:
     "What is to be done, as far as it does not depend on the pixels"
-    return Plan(op, m, tables(op, m), *affine_lines(affine_coef(op, m, h, w), h, w, bilinear), *hole_lines(m, centre, h, w))
+    return Plan(op, m, *affine_lines(affine_coef(op, m, h, w), h, w, bilinear), *hole_lines(m, centre, h, w))
 
 def apply_ops(
     v:Tensor,    # Grey levels (B,C,H,W), uint8; may be changed in place
@@ -262,26 +262,26 @@ def apply_ops(
                 put(v, i, _slot(*[o.index_select(0, i) for o in (v,*slot)], fill, where))
     return v
 
-def _slot(v, op, m, table, row, col, hole_row, hole_col, fill, which):
+def _slot(v, op, m, row, col, hole_row, hole_col, fill, which):
     "One operation per sample; `which` gives codes the form that `on_samples` takes"
     on = partial(on_samples, op=which(op))
     v = on(v, names=GEOMETRIC,     f=lambda w,take: affine(w, take(row), take(col), fill))
-    v = on(v, names=TABLE,         f=lambda w,take: lookup(w, image_tables(w, which(take(op)), take(m), _of_channels(take(table), w))))
+    v = on(v, names=TABLE,         f=lambda w,take: lookup(w, image_tables(w, take(op), take(m), which)))
     if v.shape[1]==3: v = on(v, names=['Color'], f=lambda w,take: color(w, take(m)))
     v = on(v, names=['Sharpness'], f=lambda w,take: sharpness(w, take(m)))
     return on(v, names=['Cutout'], f=lambda w,take: cutout(w, take(hole_row), take(hole_col), fill))
 
-def _fused(v, op, m, table, row, col, hole_row, hole_col, fill):
-    t = tables_of_images(_of_channels(table, v), op, m, *statistics(v, op), v[0,0].numel())
-    return operate(v, op, m, t, row, col, hole_row, hole_col, fill)
+def _fused(v, op, m, row, col, hole_row, hole_col, fill):
+    return operate(v, op, m, tables_of_images(_of_channels(op, m, v), op, m, *statistics(v, op), v.shape[2:].numel()), row, col, hole_row, hole_col, fill)
 
-def _of_channels(table, v): return table[:,None].repeat(1,v.shape[1],1)
+def _of_channels(op, m, v): return tables(op, m)[:,None].repeat(1,v.shape[1],1)
 
-def image_tables(v:Tensor, op, m:Tensor, t:Tensor) -> Tensor:
-    "`t` (B,C,256) with the tables of Contrast, AutoContrast and Equalize put in, for grey levels `v`; `op` as in `on_samples`"
-    t = on_samples(t, op, ['Contrast'],     lambda w,take: contrast_table(mean_level(take(v)), take(m)).expand_as(w))
-    t = on_samples(t, op, ['AutoContrast'], lambda w,take: autocontrast_table(*extremes(take(v))))
-    return on_samples(t, op, ['Equalize'],  lambda w,take: equalize_table(histogram(take(v))))
+def image_tables(v:Tensor, op:Tensor, m:Tensor, which=lambda op: op) -> Tensor:
+    "Tables (B,C,256) for grey levels `v` of the operations that are tables; `which` gives codes the form that `on_samples` takes"
+    t,on = _of_channels(op, m, v),partial(on_samples, op=which(op))
+    t = on(t, names=['Contrast'],     f=lambda w,take: contrast_table(mean_level(take(v)), take(m)).expand_as(w))
+    t = on(t, names=['AutoContrast'], f=lambda w,take: autocontrast_table(*extremes(take(v))))
+    return on(t, names=['Equalize'],  f=lambda w,take: equalize_table(histogram(take(v))))
 
 def tables_of_images(t:Tensor, op:Tensor, m:Tensor, hist:Tensor, grey:Tensor, n:int) -> Tensor:
     "`t` (B,C,256) with the tables of Contrast, AutoContrast and Equalize put in, from `statistics` of images of `n` pixels"
