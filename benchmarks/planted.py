@@ -227,10 +227,12 @@ def table():
         out += [f'**{task}**: {about}; shifts: {", ".join(TASKS[task][6])}.', '', f'| configuration | runs | top-1 (95% interval) | top-3 (95% interval) | top-1 by severity | places of the planted operation, per shift | signal: planted, median (others, 95% quantile) | signal of {SIGNAL:g} or more: planted, others | error % on the shifted test set | CPU s |', '| --- '*10+'|']
         for c,(what,_) in CONFIGS.items():
             rs = read(task, c)
-            if len(rs)<8: continue # not finished
+            if len(rs)<8: continue
             k,n = [rank(r)+1 for r in rs],len(rs)
+            seen = [s for s in TASKS[task][6] if any(r['shift']==s for r in rs)]
+            if len(seen)<len(TASKS[task][6]): what += f" ({', '.join(seen)} alone)"
             share = lambda j: '{:.2f} ({:.2f}, {:.2f})'.format(sum(p<=j for p in k)/n, *wilson(sum(p<=j for p in k), n))
-            by = ' '.join(f"{s}:{','.join(str(p) for p,r in zip(k, rs) if r['shift']==s)}" for s in TASKS[task][6])
+            by = ' '.join(f"{s}:{','.join(str(p) for p,r in zip(k, rs) if r['shift']==s)}" for s in seen)
             plant,rest = signals(rs)
             out.append(f"| {what} | {n} | {share(1)} | {share(3)} | {sum(rank(r, 'severity')==0 for r in rs)/n:.2f} | {by} | {np.median(plant):.1f} ({np.quantile(rest, 0.95):.1f}) | {np.mean(plant>=SIGNAL):.2f}, {np.mean(rest>=SIGNAL):.2f} | "
                        f"{np.mean([r['test_error'] for r in rs]):.1f} | {np.mean([r['cpu_seconds'] for r in rs]):.0f} |")
