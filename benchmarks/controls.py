@@ -5,7 +5,7 @@
 Tasks: wrn16 is WRN-16-1 in bfloat16 on 4,000/10,000/10,000 images of CIFAR-10 JPEG; small is WRN-10-1 on the same at 16 pixels. Batch 128, SGD as in the paper's Table 8.
 Each run appends a line to results/controls/TASK_EPOCHSep.jsonl; the table is results/controls.md. Seconds are CPU seconds of a process with one thread.
 """
-import argparse,ast,time
+import argparse,ast,gc,time
 import torch
 from fastai.callback.all import *
 from fastai.learner import Learner
@@ -114,10 +114,10 @@ def table():
             r = [rs[arm,s] for s in seeds if (arm,s) in rs]
             if not r: continue
             d = [rs[arm,s]['test_error']-rs['replay',s]['test_error'] for s in seeds if (arm,s) in rs and ('replay',s) in rs]
-            pm = lambda v,sign='': f'{{:{sign}.2f}} ± {{:.2f}}'.format(*mean_se(v))
-            out.append(f"| {what} | {pm([o['test_error'] for o in r])}{'' if len(r)==len(seeds) else f' ({len(r)} seeds)'} | {pm(d, '+') if d and arm!='replay' else ''} | {np.mean([o['cpu_seconds'] for o in r]):.0f} |")
+            pm = lambda v,sign='': f'{{:{sign}.2f}} ± {{:.2f}}'.format(*mean_se(v)) if len(v)>1 else f'{v[0]:{sign}.2f}'
+            out.append(f"| {what} | {pm([o['test_error'] for o in r])}{'' if len(r)==len(seeds) else f' ({len(r)} of {len(seeds)} seeds)'} | {pm(d, '+') if d and arm!='replay' else ''} | {np.mean([o['cpu_seconds'] for o in r]):.0f} |")
         e = next(reversed(rs.values()))['environment']
-        out += ['', f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
+        out += ['', f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
     return '\n'.join(['The same training for all; mean ± standard error over seeds. Validation images are used by the searches alone.', '', *out])
 
 if __name__=='__main__':
@@ -140,4 +140,5 @@ if __name__=='__main__':
             r = run(a.task, arm, seed, a.epochs)
             with f.open('a') as o: o.write(json.dumps({**r, 'environment': environment()})+'\n')
             print(r, flush=True)
+            gc.collect() # a Learner is a cycle that holds its images
     OUT.with_suffix('.md').write_text(table())
