@@ -6,9 +6,9 @@ Docs: https://hba-fastai.github.io/hba-fastai/ops.html.md"""
 
 # %% auto #0
 __all__ = ['OP_NAMES', 'OP', 'TABLE', 'RANK', 'OPS', 'to_levels', 'from_levels', 'affine_coef', 'affine_lines', 'affine', 'blend',
-           'luma', 'mean_level', 'mean_of', 'histogram', 'equalize_table', 'ramp', 'tables', 'contrast_table',
-           'extremes', 'autocontrast_table', 'on_samples', 'by_kernel', 'spans', 'put', 'lookup', 'color', 'smooth',
-           'sharpness', 'hole_lines', 'cutout', 'Plan', 'plan', 'apply_ops', 'image_tables', 'tables_of_images']
+           'luma', 'mean_level', 'mean_of', 'histogram', 'equalize_table', 'tables', 'extremes', 'on_samples',
+           'by_kernel', 'spans', 'put', 'lookup', 'color', 'smooth', 'sharpness', 'hole_lines', 'cutout', 'Plan',
+           'plan', 'apply_ops', 'image_tables', 'tables_of_statistics']
 
 # %% ../nbs/01_ops.ipynb #6d2c128f
 import math
@@ -110,49 +110,39 @@ def mean_of(total:Tensor, n:int) -> Tensor: # (B,) -> (B,1,1)
     "Rounded mean of `n` levels with the sum `total`"
     return ((2*total.long()+n) // (2*n)).float()[:,None,None]
 
-# %% ../nbs/01_ops.ipynb #21f9c2b3
+# %% ../nbs/01_ops.ipynb #c7cac4e3
 def histogram(v:Tensor) -> Tensor: # Grey levels (B,C,H,W) -> (B,C,256), int64
     "How many pixels have each level"
     i,n = v.flatten(2).long(),len(v)*v.shape[1]
     if v.device.type!='cpu': return i.new_zeros(*v.shape[:2],256).scatter_add_(2, i, i.new_ones(1).expand_as(i)) # `bincount` waits for a GPU
-    return (i + torch.arange(0, 256*n, 256).view(*v.shape[:2],1)).flatten().bincount(minlength=256*n).view(*v.shape[:2],256)
+    return i.add_(torch.arange(0, 256*n, 256).view(*v.shape[:2],1)).flatten().bincount(minlength=256*n).view(*v.shape[:2],256)
 
 def equalize_table(h:Tensor) -> Tensor:
     "The table (B,C,256) of Pillow's `equalize`, from histograms (B,C,256)"
-    level = torch.arange(256, device=h.device)
-    last = h.gather(2, ((h>0)*level).amax(2, keepdim=True))
-    step = (h.sum(2, keepdim=True)-last) // 255
-    t = (step//2 + h.cumsum(2)-h) // step.clamp(min=1)
-    return torch.where(step>0, t.clamp_(max=255), level).to(torch.uint8)
+    c = h.cumsum(2)
+    step = (c*(c<c[...,-1:])).amax(2, keepdim=True) // 255 # of the pixels below the brightest level in use
+    t = (step//2 + c-h) // step.clamp(min=1)
+    return torch.where(step>0, t.clamp_(max=255), torch.arange(256, device=h.device)).to(torch.uint8)
 
-# %% ../nbs/01_ops.ipynb #7e88a0f0
-def ramp(d:Tensor, a:Tensor, e:Tensor) -> Tensor: # (...,1) each -> (...,256)
-    "Levels d + a·(g - e), clipped to 0..255"
-    return (torch.arange(256, device=a.device, dtype=torch.float32)-e).mul_(a).add_(d).clamp_(0,255)
+# %% ../nbs/01_ops.ipynb #21366d46
+def tables(
+    op:Tensor, m:Tensor, # Codes and magnitudes (B,)
+    mean:Tensor,         # Mean grey level (B,1,1) of the images of Contrast, 0 for others
+    lo:Tensor, hi:Tensor # Darkest and brightest level (B,C,1) of the images of AutoContrast, 0 for others
+) -> Tensor: # (B,C,256), uint8
+    "Tables of the operations that are one, but for Equalize: the identity there and for geometric ones and none; undefined for the others"
+    op,m = op[:,None,None],m.float()[:,None,None]
+    level,flat = torch.arange(256., device=m.device),hi<=lo
+    a = torch.where(flat, torch.where(op>=OP['Contrast'], m, 1.), 255/(hi-lo).clamp_(min=1))
+    t = (level-(mean+lo)).mul_(a).add_(torch.where(flat, lo, 1e-4).add_(mean)).clamp_(0,255).int().to(torch.uint8)
+    threshold,bits = torch.where(op==OP['Solarize'], 256-m, 256.).masked_fill_(op==OP['Invert'], 0),m.round().clamp_(0,7).mul_(op==OP['Posterize'])
+    return (t ^ (level>=threshold).to(torch.uint8).neg_()) & (255 << bits.to(torch.uint8))
 
-def tables(op:Tensor, m:Tensor) -> Tensor: # Codes and magnitudes (...,) -> (...,256), uint8
-    "Tables of the operations that do not look at the image; the identity for the others"
-    op,m = op[...,None],m[...,None].float()
-    invert,bits = op==OP['Invert'],(m.round().clamp_(0,7)*(op==OP['Posterize'])).int()
-    t = (torch.arange(256, device=m.device)*torch.where(op==OP['Brightness'], m, 1).masked_fill_(invert, -1)).add_(255*invert).clamp_(0,255).int()
-    t = torch.where(t < torch.where(op==OP['Solarize'], 256-m, 256), t, 255-t)
-    return (t >> bits << bits).to(torch.uint8)
-
-# %% ../nbs/01_ops.ipynb #fee3edeb
-def contrast_table(mean:Tensor, m:Tensor) -> Tensor:
-    "The table (B,1,256) of `ImageEnhance.Contrast`, from the mean grey level (B,1,1), for factors m (B,)"
-    return ramp(mean, m.float().view(-1,1,1), mean).to(torch.uint8)
-
-def extremes(v:Tensor) -> tuple: # Grey levels (B,C,H,W) -> (B,C,1) each, float
+def extremes(v:Tensor) -> Tensor: # Grey levels (B,C,H,W) -> (B,C,2), float
     "The darkest and the brightest level"
-    return tuple(f(2, keepdim=True).float() for f in (v.flatten(2).amin, v.flatten(2).amax))
+    return torch.stack([f(2) for f in (v.flatten(2).amin, v.flatten(2).amax)], 2).float() # `aminmax` is five times slower
 
-def autocontrast_table(lo:Tensor, hi:Tensor) -> Tensor:
-    "The table (B,C,256) of Pillow's `autocontrast`, from `extremes`: the levels in use are stretched over 0..255; an image with one level stays"
-    flat = hi<=lo
-    return ramp((lo*flat).add_(1e-4), torch.where(flat, 1, 255/(hi-lo).clamp_(min=1)), lo).to(torch.uint8)
-
-# %% ../nbs/01_ops.ipynb #fde859fc
+# %% ../nbs/01_ops.ipynb #f0c44e90
 def on_samples(
     v:Tensor, # (B,...), may be changed in place
     op,       # Code of each sample: `spans` on a CPU, a tensor (B,) on an accelerator
@@ -162,9 +152,9 @@ def on_samples(
     "`v` with `f` applied to the samples whose operation is among `names`"
     if isinstance(op, Tensor): # without asking the device which they are
         return torch.where(sum(op==OP[o] for o in names).bool().view(-1,*[1]*(v.dim()-1)), f(v, lambda o: o), v)
-    found = [op[OP[o]] for o in names if OP[o] in op]
+    found = [op[i] for i in map(OP.get, names) if i in op]
     if found:
-        part = slice(min(a for a,_ in found), max(b for _,b in found))
+        part = slice(min(found)[0], max(found)[1])
         w = v[part]
         w.copy_(f(w, lambda o: o[part]))
     return v
@@ -211,18 +201,18 @@ def sharpness(v:Tensor, m:Tensor) -> Tensor:
     v = v.float()
     return blend(smooth(v), v, m.float().view(-1,1,1,1))
 
-# %% ../nbs/01_ops.ipynb #bc1c4bf1
+# %% ../nbs/01_ops.ipynb #cc861ccb
 def hole_lines(m:Tensor, centre:Tensor, h:int, w:int) -> tuple: # (...,h) and (...,w), uint8
     "Rows and columns (255, others 0) that the square of side m·min(H,W) pixels around `centre` (...,2), (x,y) as parts of width and height, covers"
     half = m.float()[...,None]*min(h,w)/2
-    line = lambda n,c: 255*((torch.arange(n, device=m.device) + 0.5 - c[...,None]*n).abs_() < half).to(torch.uint8)
+    line = lambda n,c: ((torch.arange(0.5, n, device=m.device) - c[...,None]*n).abs_() < half).to(torch.uint8).neg_()
     return line(h, centre[...,1]),line(w, centre[...,0])
 
 def cutout(v:Tensor, row:Tensor, col:Tensor, fill:Tensor) -> Tensor:
     "Fill the squares given by `hole_lines` (B,H) and (B,W) in grey levels `v`"
     return v ^ ((v ^ fill.view(1,-1,1,1)) & (row[:,None,:,None] & col[:,None,None,:])) # `where` is forty times slower for uint8
 
-# %% ../nbs/01_ops.ipynb #8391634e
+# %% ../nbs/01_ops.ipynb #d8ed0333
 class Plan(NamedTuple):
     "K operations per sample, and what follows from them for images of one size"
     op:Tensor    # Codes (B,K): indices into `OP_NAMES`, -1 for none
@@ -272,24 +262,20 @@ def _slot(v, op, m, row, col, hole_row, hole_col, fill, which):
     return on(v, names=['Cutout'], f=lambda w,take: cutout(w, take(hole_row), take(hole_col), fill))
 
 def _fused(v, op, m, row, col, hole_row, hole_col, fill):
-    return operate(v, op, m, tables_of_images(_of_channels(op, m, v), op, m, *statistics(v, op), v.shape[2:].numel()), row, col, hole_row, hole_col, fill)
-
-def _of_channels(op, m, v): return tables(op, m)[:,None].repeat(1,v.shape[1],1)
+    return operate(v, op, m, tables_of_statistics(op, m, *statistics(v, op), v.shape[2:].numel()), row, col, hole_row, hole_col, fill)
 
 def image_tables(v:Tensor, op:Tensor, m:Tensor, which=lambda op: op) -> Tensor:
     "Tables (B,C,256) for grey levels `v` of the operations that are tables; `which` gives codes the form that `on_samples` takes"
-    t,on = _of_channels(op, m, v),partial(on_samples, op=which(op))
-    t = on(t, names=['Contrast'],     f=lambda w,take: contrast_table(mean_level(take(v)), take(m)).expand_as(w))
-    t = on(t, names=['AutoContrast'], f=lambda w,take: autocontrast_table(*extremes(take(v))))
-    return on(t, names=['Equalize'],  f=lambda w,take: equalize_table(histogram(take(v))))
+    on = partial(on_samples, op=which(op))
+    mean = on(torch.zeros(len(v),1,1, device=v.device), names=['Contrast'], f=lambda w,take: mean_level(take(v)))
+    lohi = on(torch.zeros(*v.shape[:2],2, device=v.device), names=['AutoContrast'], f=lambda w,take: extremes(take(v)))
+    return on(tables(op, m, mean, *lohi.split(1, 2)), names=['Equalize'], f=lambda w,take: equalize_table(histogram(take(v))))
 
-def tables_of_images(t:Tensor, op:Tensor, m:Tensor, hist:Tensor, grey:Tensor, n:int) -> Tensor:
-    "`t` (B,C,256) with the tables of Contrast, AutoContrast and Equalize put in, from `statistics` of images of `n` pixels"
-    level = torch.arange(256, device=t.device)
-    lo,hi = torch.where(hist>0, level, 255).amin(2, keepdim=True).float(),torch.where(hist>0, level, 0).amax(2, keepdim=True).float()
-    for name,new in (('Contrast',contrast_table(mean_of(grey, n), m)), ('AutoContrast',autocontrast_table(lo, hi)), ('Equalize',equalize_table(hist.long()))):
-        t = torch.where((op==OP[name])[:,None,None], new, t)
-    return t
+def tables_of_statistics(op:Tensor, m:Tensor, hist:Tensor, grey:Tensor, n:int) -> Tensor:
+    "The same from `statistics` of images of `n` pixels"
+    level,of = torch.arange(256, device=op.device),lambda name: (op==OP[name])[:,None,None]
+    lo,hi = [torch.where(of('AutoContrast'), o, 0).float() for o in (torch.where(hist>0, level, 255).amin(2, keepdim=True),torch.where(hist>0, level, 0).amax(2, keepdim=True))]
+    return torch.where(of('Equalize'), equalize_table(hist.long()), tables(op, m, mean_of(grey, n), lo, hi))
 
 # %% ../nbs/01_ops.ipynb #ec6ba900
 def _single(name, x, m, centre=None, fill=0., bilinear=False):

@@ -65,7 +65,7 @@ class PBAPolicy:
         warnings.warn(f"Color needs RGB images and these have {c} channels: it is left out")
         return PBAPolicy(self.fill, self.bilinear, (*self.skip,'Color'))
 
-# %% ../nbs/02_policy.ipynb #35e2744d
+# %% ../nbs/02_policy.ipynb #03dcf0d0
 @patch
 def severities(self:PBAPolicy, values:Tensor) -> Tensor: # Values (...,H) in the units of Table 7 -> (...,30)
     "Severity of each entry: its position in the range, (m-1)/0.9 for the four enhancers (0 is the identity), 0 for entries without a magnitude"
@@ -81,8 +81,7 @@ def draw(self:PBAPolicy,
     u = torch.rand(len(lam), 2*n+7, generator=generator, device=lam.device)
     place,gate,k,sign,centre = u.split((n,n,1,2,4), 1)
     first,entry = place.where((gate<values[:,:n]) & self.keep.to(lam.device), 2.).topk(2, largest=False)
-    cap = (k>=P_K[0]).int() + (k>=P_K[0]+P_K[1]).int()
-    on = (first<2) & (torch.arange(2, device=lam.device)<cap)
+    on = (first<2) & torch.cat([k>=P_K[0],k>=P_K[0]+P_K[1]], 1) # as many slots as the cap allows
     op = torch.where(on, self.entry_op.to(lam.device)[entry], -1)
     m = F.pad(values, (0,1)).gather(1, self.column.to(lam.device)[entry])
     s = (m-self.zero.to(m)[entry]) / self.unit.to(m)[entry]
