@@ -81,6 +81,18 @@ def test_apply_ops_is_per_sample(n=300):
     for i in range(n):
         assert torch.equal(got[i:i+1], apply_ops(v[i:i+1].clone(), plan(op[i:i+1], m[i:i+1], centre[i:i+1], 12, 12), torch.tensor(FILL)))
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('dense', [False, True])
+def test_default_dtype_changes_nothing(dtype, dense):
+    "Levels up to 255 need more than the 8 bits of bfloat16"
+    g = torch.Generator().manual_seed(0)
+    v,m,centre = torch.randint(40, 200, (300,3,9,9), dtype=torch.uint8, generator=g),torch.rand(300, 1, generator=g)*2,torch.rand(300, 1, 2, generator=g)
+    do = lambda: apply_ops(v.clone(), plan(torch.arange(300)[:,None]%15, m, centre, 9, 9), torch.tensor(FILL), dense)
+    want = do()
+    torch.set_default_dtype(dtype)
+    try: assert torch.equal(do(), want)
+    finally: torch.set_default_dtype(torch.float32)
+
 def test_one_level_images_and_tiny_images():
     for size in ((1,1),(2,2),(2,9),(3,3)):
         for level in (0,7,255):
