@@ -2,7 +2,7 @@
 
     pip install -e '.[bench]' && python benchmarks/transform.py [--device cpu] [--threads 2]
 
-Each line is the median of several rounds, with the lowest and the highest; the lines of a size take turns, so that a drift of the machine meets all.
+Each line is the median of several rounds, with the lowest and the highest; the lines of a size take turns, so that a drift of the machine meets all, and the ratio to timm is taken round by round.
 "Bytes" is what a search does to the batches of fastai's usual loaders (before `IntToFloatTensor`); the other lines of ours start from float images and give float images. Writes results/transform_DEVICE.json and .md.
 """
 import argparse,time
@@ -12,6 +12,8 @@ from torchvision.transforms.functional import to_pil_image
 from common import *
 from hba_fastai.policy import PBAPolicy
 from hba_fastai.space import Space
+
+PEER = 'timm RandAugment, PIL, per image'
 
 def contenders(b, s, device):
     "{name: function of no argument that augments a batch of b images of s pixels}"
@@ -33,7 +35,7 @@ def contenders(b, s, device):
     try:
         from timm.data.auto_augment import rand_augment_transform
         t = rand_augment_transform('rand-m9-n2-mstd0.5', {})
-        out['timm RandAugment, PIL, per image'] = lambda: [t(o) for o in pil]
+        out[PEER] = lambda: [t(o) for o in pil]
     except ImportError: print('timm is not installed: left out')
     try:
         import kornia.augmentation.auto as ka
@@ -55,9 +57,13 @@ def measure(fs, b, rounds, seconds=0.4, sync=lambda: None):
     return out
 
 def table(d):
-    rows = ['| images | batch | '+' | '.join(('augmentation','images/s, median (lowest, highest)','÷ copy of the float batch'))+' |','| --- | --- | --- | --- | --- |']
+    spread = lambda v,form: f"{form(np.median(v))} ({form(min(v))}, {form(max(v))})"
+    rows = ['| images | batch | augmentation | images/s, median (lowest, highest) | ÷ timm, round by round | ÷ copy of the float batch |','| --- | --- | --- | --- | --- | --- |']
     for r in d['rows']:
-        for k,v in r['speed'].items(): rows.append(f"| {r['size']}x{r['size']} | {r['batch']} | {k} | {np.median(v):,.0f} ({min(v):,.0f}, {max(v):,.0f}) | {np.median(v)/np.median(r['speed']['copy of the float batch']):.4f} |")
+        peer,copy = r['speed'].get(PEER),np.median(r['speed']['copy of the float batch'])
+        for k,v in r['speed'].items():
+            quotient = spread(np.divide(v, peer), '{:.2f}'.format) if peer and k!=PEER else ''
+            rows.append(f"| {r['size']}x{r['size']} | {r['batch']} | {k} | {spread(v, '{:,.0f}'.format)} | {quotient} | {np.median(v)/copy:.4f} |")
     e = d['environment']
     return '\n'.join([*rows,'',footer(e, f"torchvision {e['torchvision']}", f"{d['rounds']} rounds"),''])
 

@@ -25,10 +25,9 @@ def check(c, h, w, n=90):
     m = torch.tensor([[(lo+(hi-lo)*u) for lo,hi in [ops.TABLE7[ops.OP_NAMES[o]] or (0,1)]][0] for row,r in zip(op.tolist(), torch.rand(n,2).tolist()) for o,u in zip(row, r)]).view(n,2)
     m = torch.where((op<5) & (torch.rand(n,2)<0.5), -m, m)
     if c==1: op[op==ops.OP['Color']] = -1
-    todo,fill = ops.plan(op, m, torch.rand(n,2,2), h, w),torch.tensor([9,99,199])[:c]
-    with mock.patch.object(ops, 'fused', lambda *a: False): want = ops.apply_ops(v.clone(), todo, fill)
-    calls = []
-    with mock.patch.object(ops, 'fused', fused),mock.patch.object(ops, 'operate', lambda *a: calls.append(1) or kernels.operate(*a)): got = ops.apply_ops(v.clone(), todo, fill)
+    centre,fill,calls = torch.rand(n,2,2),torch.tensor([9,99,199])[:c]/255,[]
+    with mock.patch.object(ops, 'fused', lambda *a: False): want = ops.apply_ops(v, op, m, centre, fill, dense=True)
+    with mock.patch.object(ops, 'fused', fused),mock.patch.object(ops, 'operate', lambda *a: calls.append(1) or kernels.operate(*a)): got = ops.apply_ops(v, op, m, centre, fill, dense=True)
     assert len(calls)==2
     d = (got.int()-want.int()).abs().amax((1,2,3))
     one = op[:,1]<0 # after one operation: within one level. A second may magnify that level (an inversion from a threshold on)

@@ -1,7 +1,8 @@
 "The 15 operations against Pillow, and the kernels' two ways (samples picked out, or all computed and chosen) against each other"
 import numpy as np, pytest, torch
 from PIL import Image,ImageDraw,ImageEnhance,ImageOps
-from hba_fastai.ops import OPS,OP_NAMES,apply_ops,plan,to_levels
+from hba_fastai import ops
+from hba_fastai.ops import OPS,OP_NAMES,apply_ops,to_levels
 from hba_fastai.policy import PBAPolicy
 from hba_fastai.space import ENHANCERS,GEOMETRIC,TABLE7
 
@@ -72,14 +73,17 @@ def test_dense_equals_picked(c, n=256):
     assert set(d.op.unique().tolist())-{-1} == {i for i,o in enumerate(OP_NAMES) if c==3 or o!='Color'}
     assert torch.equal(policy.apply(x, d, dense=True), policy.apply(x, d, dense=False))
 
-def test_apply_ops_is_per_sample(n=300):
-    "Each sample of a mixed batch gets what it would get alone"
+@pytest.mark.parametrize('way', [dict(), dict(dense=True), dict(inplace=True)])
+@pytest.mark.parametrize('portion', [2**12, 2**21])
+def test_apply_ops_is_per_sample(way, portion, monkeypatch, n=300):
+    "Each sample of a mixed batch gets what it would get alone, whatever the way and the size of the portions (9 images, all); its first operation may be none"
     g = torch.Generator().manual_seed(0)
     v,op = to_levels(torch.rand(n, 3, 12, 12, generator=g)),torch.randint(-1, 15, (n,2), generator=g)
-    m,centre = torch.rand(n, 2, generator=g)*0.3,torch.rand(n, 2, 2, generator=g)
-    got = apply_ops(v.clone(), plan(op, m, centre, 12, 12), torch.tensor(FILL))
-    for i in range(n):
-        assert torch.equal(got[i:i+1], apply_ops(v[i:i+1].clone(), plan(op[i:i+1], m[i:i+1], centre[i:i+1], 12, 12), torch.tensor(FILL)))
+    m,centre,fill = torch.rand(n, 2, generator=g)*0.3,torch.rand(n, 2, 2, generator=g),torch.tensor(FILL)/255
+    alone = lambda i,k,w: OPS[OP_NAMES[op[i,k]]](w, m[i:i+1,k], centre[i:i+1,k], fill) if op[i,k]>=0 else w
+    want = torch.cat([alone(i, 1, alone(i, 0, v[i:i+1]/255)) for i in range(n)])
+    monkeypatch.setattr(ops, 'PORTION', portion)
+    assert torch.equal(apply_ops(v.clone(), op, m, centre, fill, **way), to_levels(want))
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('dense', [False, True])
@@ -87,7 +91,7 @@ def test_default_dtype_changes_nothing(dtype, dense):
     "Levels up to 255 need more than the 8 bits of bfloat16"
     g = torch.Generator().manual_seed(0)
     v,m,centre = torch.randint(40, 200, (300,3,9,9), dtype=torch.uint8, generator=g),torch.rand(300, 1, generator=g)*2,torch.rand(300, 1, 2, generator=g)
-    do = lambda: apply_ops(v.clone(), plan(torch.arange(300)[:,None]%15, m, centre, 9, 9), torch.tensor(FILL), dense)
+    do = lambda: apply_ops(v, torch.arange(300)[:,None]%15, m, centre, torch.tensor(FILL)/255, dense=dense)
     want = do()
     torch.set_default_dtype(dtype)
     try: assert torch.equal(do(), want)
