@@ -62,7 +62,7 @@ def table(d):
     for r in d['rows']:
         peer,copy = r['speed'].get(PEER),np.median(r['speed']['copy of the float batch'])
         for k,v in r['speed'].items():
-            quotient = spread(np.divide(v, peer), '{:.2f}'.format) if peer and k!=PEER else ''
+            quotient = spread(np.divide(v, peer), '{:.2f}'.format) if peer and k!=PEER and not k.startswith('copy') else ''
             rows.append(f"| {r['size']}x{r['size']} | {r['batch']} | {k} | {spread(v, '{:,.0f}'.format)} | {quotient} | {np.median(v)/copy:.4f} |")
     e = d['environment']
     return '\n'.join([*rows,'',footer(e, f"torchvision {e['torchvision']}", f"{d['rounds']} rounds"),''])
