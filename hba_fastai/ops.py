@@ -231,7 +231,7 @@ def plan(
     "What is to be done, as far as it does not depend on the pixels"
     return Plan(op, m, *affine_lines(affine_coef(op, m, h, w), h, w, bilinear), *hole_lines(m, centre, h, w))
 
-# %% ../nbs/01_ops.ipynb #17c38604
+# %% ../nbs/01_ops.ipynb #27201ada
 PORTION = 2**21 # numbers: 682 RGB images of 32x32 pixels, or 13 of 224x224
 
 def apply_ops(
@@ -262,13 +262,13 @@ def _on_touched(x, op, m, centre, fill, bilinear):
     some = sorted((i for i,c in enumerate(codes) if c!=[-1]*K), key=lambda i: RANK[codes[i][0]])
     work = [(part,[by_kernel([codes[i][k] for i in part]) for k in range(K)]) for part in (some[a:a+n] for a in range(0, len(some), n))]
     order = _index([K*part[i]+k for part,slots in work for k,places in enumerate(slots) for i in places])
-    todo,b = plan(*[o.flatten(0,1).index_select(0, order) for o in (op,m,centre)], *x.shape[2:], bilinear),0
+    todo,end = plan(*[o.flatten(0,1).index_select(0, order) for o in (op,m,centre)], *x.shape[2:], bilinear),0
     for part,slots in work:
         i = _index(part)
         v = to_levels(x.index_select(0, i))
         for k,places in enumerate(slots):
-            a,b = b,b+len(places)
-            _on_places(v, places, [o[a:b] for o in todo], fill, spans([codes[part[j]][k] for j in places]))
+            start,end = end,end+len(places)
+            _on_places(v, places, [o[start:end] for o in todo], fill, spans([codes[part[j]][k] for j in places]))
         put(x, i, from_levels(v, x.dtype))
 
 def _on_places(v, places, slot, fill, at):
