@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/ops.html.md"""
 __all__ = ['OP_NAMES', 'OP', 'TABLE', 'RANK', 'PORTION', 'OPS', 'to_levels', 'from_levels', 'affine_coef', 'affine_lines',
            'affine', 'blend', 'luma', 'mean_level', 'mean_of', 'histogram', 'equalize_table', 'tables', 'extremes',
            'on_samples', 'by_kernel', 'spans', 'put', 'lookup', 'color', 'smooth', 'sharpness', 'hole_lines', 'cutout',
-           'Plan', 'plan', 'apply_ops', 'image_tables', 'tables_of_statistics']
+           'Plan', 'plan', 'image_tables', 'tables_of_statistics', 'apply_ops']
 
 # %% ../nbs/01_ops.ipynb #6d2c128f
 import math
@@ -231,35 +231,40 @@ def plan(
     "What is to be done, as far as it does not depend on the pixels"
     return Plan(op, m, *affine_lines(affine_coef(op, m, h, w), h, w, bilinear), *hole_lines(m, centre, h, w))
 
-# %% ../nbs/01_ops.ipynb #27201ada
+# %% ../nbs/01_ops.ipynb #d4f29615
+def image_tables(v:Tensor, op:Tensor, m:Tensor, at) -> Tensor:
+    "Tables (B,C,256) for grey levels `v` of the operations that are tables; `at` as in `on_samples`"
+    on = partial(on_samples, at=at)
+    mean = on(torch.zeros(len(v),1,1, device=v.device, dtype=torch.float32), names=['Contrast'], f=lambda w,take: mean_level(take(v)))
+    lohi = on(torch.zeros(*v.shape[:2],2, device=v.device, dtype=torch.float32), names=['AutoContrast'], f=lambda w,take: extremes(take(v)))
+    return on(tables(op, m, mean, *lohi.split(1, 2)), names=['Equalize'], f=lambda w,take: equalize_table(histogram(take(v))))
+
+def tables_of_statistics(op:Tensor, m:Tensor, hist:Tensor, grey:Tensor, n:int) -> Tensor:
+    "The same from `statistics` of images of `n` pixels"
+    level,of = torch.arange(256, device=op.device),lambda name: (op==OP[name])[:,None,None]
+    lo,hi = [torch.where(of('AutoContrast'), o, 0).float() for o in (torch.where(hist>0, level, 255).amin(2, keepdim=True),torch.where(hist>0, level, 0).amax(2, keepdim=True))]
+    return torch.where(of('Equalize'), equalize_table(hist.long()), tables(op, m, mean_of(grey, n), lo, hi))
+
+# %% ../nbs/01_ops.ipynb #97d692e4
+def _slot(v, op, m, row, col, hole_row, hole_col, fill, at):
+    "One operation per sample; `at` as in `on_samples`"
+    on = partial(on_samples, at=at)
+    v = on(v, names=TABLE,         f=lambda w,take: lookup(w, image_tables(w, take(op), take(m), at)))
+    v = on(v, names=GEOMETRIC,     f=lambda w,take: affine(w, take(row), take(col), fill))
+    if v.shape[1]==3: v = on(v, names=['Color'], f=lambda w,take: color(w, take(m)))
+    v = on(v, names=['Sharpness'], f=lambda w,take: sharpness(w, take(m)))
+    return on(v, names=['Cutout'], f=lambda w,take: cutout(w, take(hole_row), take(hole_col), fill))
+
+def _fused(v, op, m, row, col, hole_row, hole_col, fill):
+    return operate(v, op, m, tables_of_statistics(op, m, *statistics(v, op), v.shape[2:].numel()), row, col, hole_row, hole_col, fill)
+
+# %% ../nbs/01_ops.ipynb #0e22d101
 PORTION = 2**21 # numbers: 682 RGB images of 32x32 pixels, or 13 of 224x224
-
-def apply_ops(
-    x:Tensor,            # Images (B,C,H,W), float in [0,1] or bytes
-    op:Tensor, m:Tensor, # The K operations of each (B,K), see `Plan`
-    centre:Tensor,       # Centres (B,K,2) of Cutout, (x,y) in [0,1]
-    fill=0.,             # Colour of holes, in [0,1]: one number or one per channel
-    bilinear:bool=False, # Interpolate in the geometric operations
-    inplace:bool=False,  # May `x` be changed, on a CPU?
-    dense:bool|None=None # Work on all images and choose afterwards; default: unless on a CPU
-) -> Tensor: # (B,C,H,W), of the dtype of `x`
-    "Apply to each image its own operations"
-    fill = to_levels(torch.as_tensor(fill, dtype=torch.float32, device=x.device).expand(x.shape[1]))
-    if dense is None: dense = x.device.type!='cpu'
-    if not (dense or inplace): x = x.clone()
-    with torch.inference_mode(): # nothing here needs a gradient, and every call is cheaper without the record
-        if dense: v = _on_all(to_levels(x), plan(op, m, centre, *x.shape[2:], bilinear), fill)
-        else: _on_touched(x, op, m, centre, fill, bilinear)
-    return torch.where((op>=0).any(1)[:,None,None,None], from_levels(v, x.dtype), x) if dense else x
-
-def _on_all(v, todo, fill):
-    for slot in zip(*[o.unbind(1) for o in todo]): v = _fused(v, *slot, fill) if fused(v, todo.row) else _slot(v, *slot, fill, slot[0])
-    return v
 
 def _on_touched(x, op, m, centre, fill, bilinear):
     "Change the images of `x` that have an operation, in portions"
     codes,K,n = op.tolist(),op.shape[1],max(1, PORTION//max(x.shape[1:].numel(), 1))
-    some = sorted((i for i,c in enumerate(codes) if c!=[-1]*K), key=lambda i: RANK[codes[i][0]])
+    some = sorted((i for i,c in enumerate(codes) if c!=[-1]*K), key=lambda i: RANK[codes[i][0]]) # those with none in the first slot come last
     work = [(part,[by_kernel([codes[i][k] for i in part]) for k in range(K)]) for part in (some[a:a+n] for a in range(0, len(some), n))]
     order = _index([K*part[i]+k for part,slots in work for k,places in enumerate(slots) for i in places])
     todo,end = plan(*[o.flatten(0,1).index_select(0, order) for o in (op,m,centre)], *x.shape[2:], bilinear),0
@@ -280,30 +285,29 @@ def _on_places(v, places, slot, fill, at):
 
 def _index(l): return torch.tensor(l, dtype=torch.int64)
 
-def _slot(v, op, m, row, col, hole_row, hole_col, fill, at):
-    "One operation per sample; `at` as in `on_samples`"
-    on = partial(on_samples, at=at)
-    v = on(v, names=TABLE,         f=lambda w,take: lookup(w, image_tables(w, take(op), take(m), at)))
-    v = on(v, names=GEOMETRIC,     f=lambda w,take: affine(w, take(row), take(col), fill))
-    if v.shape[1]==3: v = on(v, names=['Color'], f=lambda w,take: color(w, take(m)))
-    v = on(v, names=['Sharpness'], f=lambda w,take: sharpness(w, take(m)))
-    return on(v, names=['Cutout'], f=lambda w,take: cutout(w, take(hole_row), take(hole_col), fill))
+# %% ../nbs/01_ops.ipynb #78b33a6c
+def apply_ops(
+    x:Tensor,            # Images (B,C,H,W), float in [0,1] or bytes
+    op:Tensor, m:Tensor, # The K operations of each (B,K), see `Plan`
+    centre:Tensor,       # Centres (B,K,2) of Cutout, (x,y) in [0,1]
+    fill=0.,             # Colour of holes, in [0,1]: one number or one per channel
+    bilinear:bool=False, # Interpolate in the geometric operations
+    inplace:bool=False,  # May `x` be changed, on a CPU?
+    dense:bool|None=None # Work on all images and choose afterwards; default: unless on a CPU
+) -> Tensor: # (B,C,H,W), of the dtype of `x`
+    "Apply to each image its own operations"
+    fill = to_levels(torch.as_tensor(fill, dtype=torch.float32, device=x.device).expand(x.shape[1]))
+    if dense is None: dense = x.device.type!='cpu'
+    if not (dense or inplace): x = x.clone()
+    with torch.inference_mode(): # nothing here needs a gradient, and every call is cheaper without the record
+        if dense: v = _on_all(to_levels(x), plan(op, m, centre, *x.shape[2:], bilinear), fill)
+        else: _on_touched(x, op, m, centre, fill, bilinear)
+    return torch.where((op>=0).any(1)[:,None,None,None], from_levels(v, x.dtype), x) if dense else x
 
-def _fused(v, op, m, row, col, hole_row, hole_col, fill):
-    return operate(v, op, m, tables_of_statistics(op, m, *statistics(v, op), v.shape[2:].numel()), row, col, hole_row, hole_col, fill)
-
-def image_tables(v:Tensor, op:Tensor, m:Tensor, at) -> Tensor:
-    "Tables (B,C,256) for grey levels `v` of the operations that are tables; `at` as in `on_samples`"
-    on = partial(on_samples, at=at)
-    mean = on(torch.zeros(len(v),1,1, device=v.device, dtype=torch.float32), names=['Contrast'], f=lambda w,take: mean_level(take(v)))
-    lohi = on(torch.zeros(*v.shape[:2],2, device=v.device, dtype=torch.float32), names=['AutoContrast'], f=lambda w,take: extremes(take(v)))
-    return on(tables(op, m, mean, *lohi.split(1, 2)), names=['Equalize'], f=lambda w,take: equalize_table(histogram(take(v))))
-
-def tables_of_statistics(op:Tensor, m:Tensor, hist:Tensor, grey:Tensor, n:int) -> Tensor:
-    "The same from `statistics` of images of `n` pixels"
-    level,of = torch.arange(256, device=op.device),lambda name: (op==OP[name])[:,None,None]
-    lo,hi = [torch.where(of('AutoContrast'), o, 0).float() for o in (torch.where(hist>0, level, 255).amin(2, keepdim=True),torch.where(hist>0, level, 0).amax(2, keepdim=True))]
-    return torch.where(of('Equalize'), equalize_table(hist.long()), tables(op, m, mean_of(grey, n), lo, hi))
+def _on_all(v, todo, fill):
+    "Carry out a plan (B,K) on all images, without asking the device which have an operation"
+    for slot in zip(*[o.unbind(1) for o in todo]): v = _fused(v, *slot, fill) if fused(v, todo.row) else _slot(v, *slot, fill, slot[0])
+    return v
 
 # %% ../nbs/01_ops.ipynb #8a0ca8a8
 def _single(name, x, m, centre=None, fill=0., bilinear=False):
