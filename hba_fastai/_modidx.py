@@ -245,4 +245,5 @@ d = { 'settings': { 'branch': 'main',
                                   'hba_fastai.space.Space.lam': ('space.html#space.lam', 'hba_fastai/space.py'),
                                   'hba_fastai.space.Space.named': ('space.html#space.named', 'hba_fastai/space.py'),
                                   'hba_fastai.space.Space.start': ('space.html#space.start', 'hba_fastai/space.py'),
-                                  'hba_fastai.space.Space.values': ('space.html#space.values', 'hba_fastai/space.py')}}}
+                                  'hba_fastai.space.Space.values': ('space.html#space.values', 'hba_fastai/space.py'),
+                                  'hba_fastai.space._check_limits': ('space.html#_check_limits', 'hba_fastai/space.py')}}}

@@ -21,14 +21,27 @@ ENHANCERS = 'Contrast Color Brightness Sharpness'.split()
 START = 0.05 # every hyperparameter starts at 0.95*lo + 0.05*hi (Appendix A)
 
 # %% ../nbs/00_space.ipynb #d94e2c27
+def _check_limits(op:str, limits):
+    "Raise unless `limits` are two numbers within the range of `op`"
+    if not TABLE7.get(op):
+        raise ValueError(f"`limits` names {op!r}, which is no operation with a magnitude: use those of {[o for o,r in TABLE7.items() if r]}")
+    lo,hi = TABLE7[op]
+    ok = isinstance(limits, (tuple,list)) and len(limits)==2 and all(isinstance(l, (int,float)) for l in limits) and lo<=limits[0]<limits[1]<=hi
+    if not ok: raise ValueError(f"`limits` gives {limits!r} for {op}, whose magnitudes go from {lo} to {hi}: give a lower and a higher number within that range")
+
 class Space:
     "The PBA search space: each operation of `TABLE7` in `copies` copies, each with a probability `Op_i.p` and, where it has one, a magnitude `Op_i.m`"
-    def __init__(self, copies:int=2):
+    def __init__(self,
+        copies:int=2, # How often each operation is there
+        limits:dict|None=None # Narrower ranges of magnitudes, `{operation: (lowest, highest)}` in the units of `TABLE7`
+    ):
+        self.limits = dict(limits or {})
+        for o,r in self.limits.items(): _check_limits(o, r)
         self.entries = [(o,c) for c in range(copies) for o in TABLE7]           # what the sampler walks: (operation, copy)
         self.n = len(self.entries)
         self.graded = [i for i,(o,_) in enumerate(self.entries) if TABLE7[o]]   # the entries that have a magnitude
         self.names = [f'{o}_{c}.p' for o,c in self.entries] + ['{}_{}.m'.format(*self.entries[i]) for i in self.graded]
-        self.ranges = [(0,1)]*self.n + [TABLE7[self.entries[i][0]] for i in self.graded]
+        self.ranges = [(0,1)]*self.n + [tuple(self.limits.get(o, TABLE7[o])) for o in (self.entries[i][0] for i in self.graded)]
         self.lo,self.hi = (torch.tensor(o, dtype=torch.float64) for o in zip(*self.ranges))
 
     def __len__(self): return len(self.names)
