@@ -13,7 +13,6 @@ import hashlib,io,os,random,re
 from pathlib import Path
 import numpy as np
 import torch
-from fastcore.foundation import L
 from .files import *
 
 # %% ../nbs/06_checkpoint.ipynb #62a4660f
@@ -64,11 +63,11 @@ def checkpoint_path(
     stem = path.name.removesuffix('.pth')
     return path.with_name(f'{stem}_{rank}.pth' if rank else f'{stem}.pth')
 
-# %% ../nbs/06_checkpoint.ipynb #cfd4686c
+# %% ../nbs/06_checkpoint.ipynb #cf0587d7
 def _builtin(v):
     "`v` in Python's own numbers, text, lists and dictionaries"
     if isinstance(v, dict): return {k: _builtin(o) for k,o in v.items()}
-    if isinstance(v, (list,tuple,L)): return [_builtin(o) for o in v]
+    if isinstance(v, (list,tuple)): return [_builtin(o) for o in v]
     return v.tolist() if hasattr(v, 'tolist') else v
 
 def differences(saved:dict, now:dict) -> list: # [(name, saved value, present value)]

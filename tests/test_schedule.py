@@ -99,6 +99,8 @@ def test_skipping_leaves_the_given_values_alone():
 def test_equal_are_schedules_that_are_replayed_alike(change):
     assert calm()==calm(provenance=dict(seed=2), skip=['AutoContrast','Invert','Invert'])
     assert calm()!=calm(**change) and calm()!='calm' and calm()!=calm().table
+    nothing = space.lo[None] # all probabilities are 0 already
+    assert Schedule([0.], nothing, skip='Invert')!=Schedule([0.], nothing)
     s = calm()
     s.table[2,7] += 1e-9
     assert s!=calm() and Schedule([0,0.2,0.6,1], calm().table)!=Schedule([0,0.2,0.5,1], calm().table)
