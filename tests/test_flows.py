@@ -23,10 +23,10 @@ from hba_fastai.schedule import Schedule
 from hba_fastai.space import Space
 
 pytestmark = pytest.mark.filterwarnings('ignore') # fastai, timm and loggers warn at will; our own warnings are tested where they belong
-FLOWS = {} # name -> (group, what the search does, function of the callback)
+FLOWS = {} # (group, name) -> (what the search does, function of the callback)
 
 def flow(group, name, search='works'):
-    def deco(f): FLOWS[name] = group,search,f; return f
+    def deco(f): FLOWS[group,name] = search,f; return f
     return deco
 
 @pytest.fixture(scope='session')
@@ -53,10 +53,6 @@ def vision(arch=models.resnet18, size=32, dls=None, **kw):
     set_seed(0)
     return hush(vision_learner(dls or folder(size), arch, pretrained=False, metrics=accuracy, **kw))
 
-def change_strategy(cb, s):
-    if isinstance(cb, HBACallback): cb.strategy = s
-    return cb
-
 # --- fits
 @flow('fits', 'fit')
 def _(cb): l = small_learner(); l.fit(2, cbs=cb); return l
@@ -71,6 +67,23 @@ def _(cb):
     l = vision()
     l.fine_tune(2, cbs=cb)
     if isinstance(cb, HBACallback): assert cb.schedule.progress.tolist()==[0,1/3,2/3,1] # progress over both fits
+    return l
+@flow('fits', 'fine_tune with frozen batch norm (`train_bn=False`)')
+def _(cb): l = vision(train_bn=False); l.fine_tune(2, cbs=cb); return l
+@flow('fits', 'k folds with one callback', search='works, each model a search of its own')
+def _(cb):
+    for i in range(2): l = small_learner(seed=i); l.fit(2, cbs=cb)
+    if isinstance(cb, HBACallback): assert cb.schedule.progress.tolist()==[0,0.5,1]
+    return l
+@flow('fits', 'stopped by Ctrl-C, then fitted again')
+def _(cb):
+    from fastai.callback.core import Callback
+    class Stop(Callback):
+        def after_step(self):
+            if self.train_iter==5: raise KeyboardInterrupt
+    l = small_learner()
+    with pytest.raises(KeyboardInterrupt): l.fit(2, cbs=[cb,Stop()])
+    l.fit(2, cbs=cb)
     return l
 @flow('fits', 'frozen body')
 def _(cb): l = vision(); l.freeze(); l.fit(2, cbs=cb); return l
@@ -93,6 +106,18 @@ def twin(cb, f, **kw):
 def seeded(f): set_seed(3); return f()
 @flow('Learner(cbs=...)', 'fit')
 def _(cb): l = small_learner(cbs=cb); l.fit(2); return l
+@flow('Learner(cbs=...)', 'fine_tune')
+def _(cb): l = vision(cbs=cb); l.fine_tune(2); return l
+@flow('Learner(cbs=...)', 'stopped by Ctrl-C, then fitted again')
+def _(cb):
+    from fastai.callback.core import Callback
+    class Stop(Callback):
+        def after_step(self):
+            if self.train_iter==5: raise KeyboardInterrupt
+    l = small_learner(cbs=cb)
+    with pytest.raises(KeyboardInterrupt): l.fit(2, cbs=Stop())
+    l.fit(2)
+    return l
 @flow('Learner(cbs=...)', 'lr_find')
 def _(cb): return twin(cb, lambda l: [float(seeded(lambda: l.lr_find(num_it=12, end_lr=1, show_plot=False)).valley)])
 @flow('Learner(cbs=...)', 'validate')
@@ -199,18 +224,35 @@ def _(cb): l = small_learner(model=torch.compile(small_net(), backend='eager'));
 @flow('companions', 'nn.DataParallel', search='refused: nn.DataParallel splits')
 def _(cb): l = small_learner(model=nn.DataParallel(small_net())); l.fit(2, cbs=cb); return l
 
-# --- models: which default strategy fits which family
-for name,arch,strategy in (('torchvision resnet', models.resnet18, 'first_bn'), ('torchvision mobilenet', models.mobilenet_v3_small, 'first_bn'), ('torchvision efficientnet', models.efficientnet_b0, 'first_bn'),
-                           ('torchvision convnext', models.convnext_tiny, 'first_norm'), ('xresnet', xresnet18, 'first_bn'), ('timm resnet', 'resnet10t', 'first_bn'),
-                           ('timm mobilenet', 'mobilenetv3_small_050', 'first_bn'), ('timm efficientnet', 'efficientnet_b0', 'first_bn'), ('timm convnext', 'convnext_atto', 'first_norm')):
-    @flow('models', f'{name}: {strategy}')
-    def _(cb, arch=arch, strategy=strategy): l = vision(arch, dls=folder(bs=3)); l.fit(3, 1e-3, cbs=change_strategy(cb, strategy)); return l
-@flow('models', 'timm vit: first_norm')
-def _(cb): l = vision('vit_tiny_patch16_224', img_size=32); l.fit(2, 1e-3, cbs=change_strategy(cb, 'first_norm')); return l
-@flow('models', 'unet_learner: first_bn')
+# --- models: the default finds the layer that responds
+def family(name, arch, layer, **kw):
+    @flow('models', name)
+    def _(cb):
+        l = vision(arch, dls=folder(bs=3), **kw); l.fit(3, 1e-3, cbs=cb)
+        if isinstance(cb, HBACallback): assert cb.schedule.provenance['layers']==[layer]
+        return l
+family('torchvision resnet', models.resnet18, '0.1')
+family('torchvision mobilenet', models.mobilenet_v3_small, '0.0.0.1')
+family('torchvision efficientnet', models.efficientnet_b0, '0.0.0.1')
+family('torchvision convnext', models.convnext_tiny, '0.0.0.1')
+family('xresnet', xresnet18, '0.0.1')
+family('timm resnet', 'resnet10t', '0.model.conv1.1')
+family('timm mobilenet', 'mobilenetv3_small_050', '0.model.bn1')
+family('timm efficientnet', 'efficientnet_b0', '0.model.bn1')
+family('timm convnext', 'convnext_atto', '0.model.stem.1')
+family('timm vit', 'vit_tiny_patch16_224', '0.model.blocks.0.norm1', img_size=32)
+@flow('models', 'timm with gradient checkpointing')
+def _(cb):
+    l = vision('resnet10t', dls=folder(bs=3))
+    l.model[0].model.set_grad_checkpointing()
+    l.fit(3, 1e-3, cbs=cb)
+    return l
+@flow('models', 'unet_learner')
 def _(cb): l = hush(unet_learner(masks(), models.resnet18, pretrained=False, n_out=2)); l.fit(2, cbs=cb); return l
-@flow('models', 'nn.Sequential: first_bn')
+@flow('models', 'nn.Sequential')
 def _(cb): l = small_learner(); l.fit(2, cbs=cb); return l
+@flow('models', 'nn.Sequential without normalisation')
+def _(cb): l = small_learner(model=nn.Sequential(nn.Conv2d(3,8,3), nn.ReLU(), nn.Conv2d(8,8,3,2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))); l.fit(2, cbs=cb); return l
 class Patches(nn.Module):
     "Makes four images of each"
     def forward(self, x): return x.unfold(2, 6, 6).unfold(3, 6, 6).permute(0,2,3,1,4,5).reshape(-1, 3, 6, 6)
@@ -276,6 +318,27 @@ def _(cb): l = vision(); setattr(cb, 'valid', 0.25) if isinstance(cb, HBACallbac
 @flow('hold-out', 'a DataLoader')
 def _(cb): l = vision(); setattr(cb, 'valid', l.dls.test_dl(get_image_files(Flow.path)[:20], with_labels=True)) if isinstance(cb, HBACallback) else None; l.fit(2, cbs=cb); return l
 
+def held_out(name, valid):
+    "A search whose target is `valid(learn)`"
+    @flow('hold-out', name)
+    def _(cb):
+        l = vision()
+        if isinstance(cb, HBACallback): cb.valid = valid(l)
+        l.fit(2, cbs=cb)
+        return l
+held_out('a number of training items', lambda l: 12)
+held_out('a folder', lambda l: Flow.path)
+held_out('a list of files', lambda l: get_image_files(Flow.path)[:20])
+held_out('`DataLoaders` (their training items)', lambda l: folder())
+
+# --- what users forbid
+@flow('operations', '`skip` and `limits`')
+def _(cb):
+    l = small_learner()
+    if isinstance(cb, HBACallback): cb.__init__(skip=['Invert'], limits={'Rotate': (0,10)}, seed=0)
+    l.fit(2, cbs=cb)
+    return l
+
 @pytest.fixture
 def applied(monkeypatch):
     "Counts the batches that the policy augmented, and keeps its policy"
@@ -292,10 +355,10 @@ def make(kind, applied):
     return cb
 
 @pytest.mark.parametrize('kind', ['search','replay'])
-@pytest.mark.parametrize('name', FLOWS)
+@pytest.mark.parametrize('name', FLOWS, ids=' - '.join)
 def test_flow(name, kind, pngs, applied, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    group,search,f = FLOWS[name]
+    search,f = FLOWS[name]
     cb = make(kind, applied)
     if kind=='search' and search.startswith('refused'):
         with pytest.raises(ValueError, match=search.removeprefix('refused: ')): f(cb)
@@ -323,7 +386,7 @@ def test_targets_that_are_places_are_never_shifted_silently(pngs):
 
 def test_table_is_what_is_tested():
     "The documentation's table lists these flows and results, no more and no less"
-    rows = [dict(group=g, flow=n, search=s, replay='works') for n,(g,s,_) in FLOWS.items()]
+    rows = [dict(group=g, flow=n, search=s, replay='works') for (g,n),(s,_) in FLOWS.items()]
     rows += [dict(group='several GPUs', flow='`with learn.distrib_ctx():`, two processes (gloo, CPU)', search='works', replay='works')] # tests/test_distributed.py
     f = Path(__file__).with_name('flows.json')
     if os.environ.get('HBA_WRITE_FLOWS'): f.write_text(json.dumps(rows, indent=1, ensure_ascii=False)+'\n')

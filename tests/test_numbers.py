@@ -6,7 +6,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from torch import nn
 from conftest import small_learner,small_net
-from hba_fastai.callback import HBACallback,LAM_MAX,_refuse
+from hba_fastai.callback import HBACallback,LAM_MAX
 from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.hyper import adam,adam_start
 
@@ -110,7 +110,9 @@ def test_non_native_half_precision_is_refused():
     "fastai lets it run on a GPU only, so the check itself is called"
     learn = small_learner()
     learn.add_cb(type('NonNative', (__import__('fastai.callback.fp16', fromlist=['x']).NonNativeMixedPrecision,), {})())
-    with pytest.raises(ValueError, match='Non-native half precision'): _refuse(learn)
+    hba = HBACallback()
+    learn.add_cb(hba)
+    with pytest.raises(ValueError, match='Non-native half precision'): hba.refuse()
 
 def rss():
     with open('/proc/self/statm') as f: return int(f.read().split()[1])*4096

@@ -7,6 +7,7 @@ from functools import partial
 from hypothesis import HealthCheck,given,settings,strategies as st
 from conftest import quiet,small_learner,small_net
 from hba_fastai.callback import HBACallback,ScheduleCallback
+from hba_fastai.data import digits_dls
 from hba_fastai.checkpoint import CheckpointError,load_checkpoint,save_checkpoint
 from hba_fastai.schedule import Schedule,ScheduleError
 from hba_fastai.space import Space
@@ -58,14 +59,37 @@ def test_resume_in_a_process_with_another_seed_holds_the_same_items_out(tmp_path
     fit(2)
     assert len(held)==2 and held[0]==held[1]
 
-@pytest.mark.parametrize('change,match', [(dict(n=3), 'of a fit of 2 epochs and this one has 3'), (dict(T_train=3), 'T_train=2 and this search has 3'),
-                                          (dict(strategy='bn'), 'layers='), (dict(model=small_net(n=7)), 'of another model')])
-def test_another_fit_is_refused(change, match, tmp_path):
+OTHER = { # how the fit that goes on differs: changes of the Learner, of the fit, of the search; and what is named
+    'epochs': ({}, dict(n=3), {}, 'epochs=2 and this search has 3'), 'T_train': ({}, {}, dict(T_train=3), 'T_train=2 and this search has 3'),
+    'layers': ({}, {}, dict(strategy='bn'), "strategy='auto' and this search has 'bn'"), 'model': (dict(model=small_net(n=12)), {}, {}, 'of another model .* 8.weight has shape .10, 16. there and .12, 16. here'),
+    'data': (dict(n_train=220), {}, {}, 'train_items=200 and this search has 220'), 'batch': (dict(dls=digits_dls(200, 100, bs=10, size=12)), {}, {}, 'batch_size=20 and this search has 10'),
+    'optimizer': (dict(opt_func=SGD), {}, {}, 'optimizer='), 'weight decay': (dict(wd=0.3), {}, {}, 'optimizer='), 'rate': ({}, dict(lr=1e-2), {}, 'learning_rates='),
+    'course of the rate': ({}, dict(one_cycle=True), {}, 'learning_rates='), 'hlr': ({}, {}, dict(hlr=0.05), 'hlr=None and this search has 0.05'),
+    'valid': ({}, {}, dict(valid=0.3), 'target='), 'seed': ({}, {}, dict(seed=7), 'seed='), 'start': ({}, {}, dict(start=0.1), 'start='),
+    'warm-up': ({}, {}, dict(warmup=0.2), 'warmup=0.3 and this search has 0.2'), 'skip': ({}, {}, dict(skip=['Invert']), 'skip='), 'limits': ({}, {}, dict(limits={'Rotate': (0,9)}), 'limits=')}
+
+@pytest.mark.parametrize('what', OTHER)
+def test_another_fit_is_refused(what, tmp_path):
+    "Before anything of the Learner is touched, in a sentence that names what differs"
+    of_learner,of_fit,of_search,match = OTHER[what]
+    with pytest.raises(RuntimeError, match='power cut'): small_learner(path=tmp_path).fit(2, cbs=[HBACallback(checkpoint='s', seed=5), Stop(1)])
+    learn = small_learner(path=tmp_path, **of_learner)
+    before = [p.clone() for p in learn.model.parameters()]
+    fit = learn.fit_one_cycle if of_fit.pop('one_cycle', False) else learn.fit
+    with pytest.raises(CheckpointError, match=match): fit(of_fit.pop('n', 2), *of_fit.values(), cbs=HBACallback(checkpoint='s', resume=True, **{'seed': 5, **of_search}))
+    assert all('forward' not in vars(m) for m in learn.model.modules()) and all(torch.equal(p, q) for p,q in zip(before, learn.model.parameters()))
+    learn.fit(1)
+
+def test_a_finished_search_still_reports(tmp_path, capsys):
+    small_learner(path=tmp_path).fit(3, cbs=(hba:=HBACallback(checkpoint='s.pth')))
+    hba2 = HBACallback(checkpoint='s.pth', resume=True)
+    small_learner(path=tmp_path).fit(3, cbs=hba2)
+    assert hba.report().equals(hba2.report()) and sorted(o.name for o in (tmp_path/'models').iterdir())==['s.pth']
+
+def test_what_may_differ_is_recorded(tmp_path):
     with pytest.raises(RuntimeError): small_learner(path=tmp_path).fit(2, cbs=[HBACallback(checkpoint='s'), Stop(1)])
-    n,model = change.pop('n', 2),change.pop('model', None)
-    learn = small_learner(path=tmp_path, model=model)
-    with pytest.raises(CheckpointError, match=match): learn.fit(n, cbs=HBACallback(checkpoint='s', resume=True, **change))
-    assert all('forward' not in vars(m) for m in learn.model.modules())
+    small_learner(path=tmp_path).fit(2, cbs=(hba:=HBACallback(checkpoint='s', resume=True)))
+    assert len(hba.schedule.provenance['resumed'])==1 and f'torch {torch.__version__}' in hba.schedule.provenance['resumed'][0]
 
 def test_sigkill_at_any_moment_leaves_a_file_that_loads(tmp_path):
     code = f"""import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
