@@ -387,8 +387,8 @@ GAIN = 5**0.5 # of the features of the dose
 
 @patch
 def z(self:HBACallback, lam:Tensor) -> Tensor:
-    "What the hyper-layers are conditioned on, at a bare λ"
-    return lam if self.condition=='lambda' else GAIN*self.policy.expected(lam)
+    "What the hyper-layers are conditioned on: the bare λ, or the mean dose of images under λ+ε"
+    return lam if self.condition=='lambda' else GAIN*self.policy.expected(lam, self.sigma)
 
 @patch
 def _z_batch(self:HBACallback):

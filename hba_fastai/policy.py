@@ -22,6 +22,7 @@ from .ops import *
 P_K = (0.2,0.3,0.5) # P(K=0), P(K=1), P(K=2) (Appendix A)
 _t,_w = (torch.tensor(o) for o in np.polynomial.legendre.leggauss(24))
 GAUSS = torch.stack([(_t+1)/2,_w/2]) # nodes and weights on [0,1], for `expected`
+GRADED = [o for o in OP_NAMES if TABLE7[o]] # the operations with a magnitude
 
 class Draw(NamedTuple):
     "What is to be done to each sample, in two slots"
@@ -48,7 +49,7 @@ class PBAPolicy:
         limits:dict|None=None # Narrower ranges of magnitudes, see `Space`
     ):
         self.space,self.fill,self.bilinear,self.skip = Space(limits=limits),fill,bilinear,_check_skip(skip)
-        self.gauss = GAUSS
+        self.gauss,self.graded_op = GAUSS,torch.tensor([OP[o] for o in GRADED])
         self.cap = torch.tensor(P_K).cumsum(0)[:2] # the first slot is used for k >= 0.2, the second for k >= 0.5
         self.entry_op = torch.tensor([OP[o] for o,_ in self.space.entries])
         self.column = torch.tensor([self.space.n+self.space.graded.index(i) if TABLE7[o] else len(self.space) for i,(o,_) in enumerate(self.space.entries)]) # of the magnitude; one behind the last for none
@@ -64,7 +65,7 @@ class PBAPolicy:
 def to(self:PBAPolicy, device) -> PBAPolicy:
     "This policy with all that it needs on `device`, so that no step has to copy it there and wait"
     self.space.to(device)
-    for n in 'gauss cap entry_op column keep active zero unit'.split(): setattr(self, n, on_device(getattr(self, n), device))
+    for n in 'gauss graded_op cap entry_op column keep active zero unit'.split(): setattr(self, n, on_device(getattr(self, n), device))
     if self.fill is not None: self.fill = torch.as_tensor(self.fill, dtype=torch.float32, device=device)
     return self
 
@@ -73,7 +74,8 @@ def to(self:PBAPolicy, device) -> PBAPolicy:
 def for_channels(self:PBAPolicy, c:int) -> PBAPolicy:
     "This policy for images of `c` channels: without the operations that need RGB, where `c` is not 3"
     if c==3 or 'Color' in self.skip: return self
-    if len(self.inactive)==len(OP_NAMES)-1: raise ValueError(f"Color needs RGB images and these have {c} channels, but `skip` names all the others: take one of them out")
+    if len(self.inactive)==len(OP_NAMES)-1:
+        raise ValueError(f"Color needs RGB images and these have {c} channels, but `skip` names all the others: take one of them out")
     warnings.warn(f"Color needs RGB images and these have {c} channels: it is left out")
     return PBAPolicy(self.fill, self.bilinear, (*self.skip,'Color'), self.space.limits).to(self.keep.device)
 
@@ -126,13 +128,11 @@ def __call__(self:PBAPolicy,
     return policy.apply(x, policy.draw(lam, generator))
 
 # %% ../nbs/02_policy.ipynb #2ee52ce4
-GRADED = [o for o in OP_NAMES if TABLE7[o]] # the operations with a magnitude
-
 @patch
 def features(self:PBAPolicy, draw:Draw) -> Tensor: # (B,27)
     "What was done to each sample: counts per operation (15), sums of severities per operation with a magnitude (12)"
     hot = (draw.op[...,None]==torch.arange(len(OP_NAMES), device=draw.op.device)).to(draw.severity.dtype) # (B,2,15)
-    return torch.cat([hot.sum(1), (hot*draw.severity[...,None]).sum(1)[:,[OP[o] for o in GRADED]]], 1)
+    return torch.cat([hot.sum(1), (hot*draw.severity[...,None]).sum(1)[:,self.graded_op.to(hot.device)]], 1)
 
 # %% ../nbs/02_policy.ipynb #66c88305
 @patch
@@ -159,4 +159,4 @@ def expected(self:PBAPolicy,
     values = self.space.expected(lam, sigma)
     a = self._applied(values)
     hot = (self.entry_op.to(lam.device)[:,None]==torch.arange(len(OP_NAMES), device=lam.device)).to(a)
-    return torch.cat([a@hot, ((a*self.severities(values))@hot)[[OP[o] for o in GRADED]]])
+    return torch.cat([a@hot, ((a*self.severities(values))@hot)[self.graded_op.to(a.device)]])
