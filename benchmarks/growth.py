@@ -17,7 +17,7 @@ from hba_fastai.space import Space
 
 def one(b, size, copies, device):
     "Function that augments a batch of bytes under a space with so many copies of each operation"
-    with mock.patch.object(hba_policy, 'Space', lambda: Space(copies)): policy = PBAPolicy().to(device)
+    with mock.patch.object(hba_policy, 'Space', lambda limits: Space(copies, limits)): policy = PBAPolicy().to(device)
     u,lam = torch.randint(0, 256, (b,3,size,size), dtype=torch.uint8).to(device),policy.space.start(0.1/copies).expand(b,-1).to(device)
     return lambda: policy.apply(u, policy.draw(lam))
 

@@ -72,9 +72,10 @@ TASKS = { # sets, network, batch, epochs, learning rate, weight decay, shifts, p
 
 class Variant(HBACallback):
     "`HBACallback` with what was tried and did not become an option"
-    def __init__(self, travel=None, b1=0.9, antithetic=False, hyper_bs=None, gain=hba_callback.GAIN, decay=False, whiten=None, by_kind=False, **kwargs):
+    def __init__(self, travel=None, b1=0.9, antithetic=False, hyper_bs=None, gain=hba_callback.GAIN, decay=False, whiten=None, by_kind=False, bare=False, **kwargs):
         super().__init__(**kwargs)
         self.travel,self.b1,self.antithetic,self.hyper_bs,self.decay,self.whiten,self.by_kind = travel,b1,antithetic,hyper_bs,decay,whiten,by_kind
+        self.bare = bare and self.condition=='dose'
         self.scale = None if whiten else gain/hba_callback.GAIN if self.condition=='dose' else 1.
 
     def attach(self):
@@ -85,8 +86,8 @@ class Variant(HBACallback):
             for p,_ in self.hnet.params: self.opt.state[p].pop('do_wd', None)
 
     def z(self, lam):
-        "With `whiten`: features in units of their standard deviation at the start, times `whiten`"
-        z = super().z(lam)
+        "With `bare`: the mean dose at the bare λ. With `whiten`: features in units of their standard deviation at the start, times `whiten`"
+        z = hba_callback.GAIN*self.policy.expected(lam) if self.bare else super().z(lam)
         if self.scale is None:
             g = torch.Generator().manual_seed(0)
             many = lam.detach() + self.sigma*torch.randn(20_000, len(lam), generator=g)
@@ -114,14 +115,16 @@ def pairs(lam, sigma, n, generator, active):
     e = torch.randn((n+1)//2, len(lam), generator=generator)
     return lam + sigma*active*torch.cat([e,-e])[:n]
 
-FIRST = dict(centred=True, start=0.05, floor=0.001, warmup=0., joint=False, gain=1.) # what the package began with
+FIRST = dict(centred=True, start=0.05, floor=0.001, warmup=0., joint=False, gain=1., bare=True) # what the package began with
 D = {**FIRST, 'condition': 'dose'}
 B = {**D, 'start': (0.05,0.3), 'floor': 0.02}
 S = {**B, 'joint': True}
 W = {**S, 'warmup': 0.3}
 PAPER = {**FIRST, 'condition': 'lambda', 'centred': False}
+BARE = {'bare': True}
 CONFIGS = { # what it is, arguments
-  'default': ('the defaults of the package: W, features √5 times as long', {}),
+  'default': ('the defaults of the package: bare, the expectation taken under λ+ε', {}),
+  'bare': ('W, features √5 times as long; the expectation taken at the bare λ, as in all rows below', BARE),
   'paper': ('`HBACallback.paper()`', PAPER), 'paper_decay': ('the same, φ decayed', {**PAPER, 'decay': True}),
   'lambda': ('centred, conditioned on λ', {**FIRST, 'condition': 'lambda'}),
   'lambda_w': ('conditioned on λ, else as W', {**W, 'condition': 'lambda'}),
@@ -148,11 +151,11 @@ CONFIGS = { # what it is, arguments
   'W_s05': ('W, σ = 0.5', {**W, 'sigma': 0.5}), 'W_s2': ('W, σ = 2', {**W, 'sigma': 2.}),
   'W_T1': ('W, a hyper-step after every step', {**W, 'T_train': 1}),
   'W_pairs': ('W, ε in pairs +ε, -ε', {**W, 'antithetic': True}),
-  'gain10': ('W, features √10 times as long', {'gain': 10**0.5}), 'gain25': ('W, features 5 times as long', {'gain': 5.}),
-  'bn': ('the defaults, all batch norms', {'strategy': 'bn'}), 'first_conv': ('the defaults, first convolution', {'strategy': 'first_conv'}),
-  'conv': ('the defaults, all convolutions', {'strategy': 'conv'}), 'conv+bn': ('the defaults, all convolutions and batch norms', {'strategy': 'conv+bn'}),
-  's05': ('the defaults, σ = 0.5', {'sigma': 0.5}), 's2': ('the defaults, σ = 2', {'sigma': 2.}),
-  'T1': ('the defaults, a hyper-step after every step', {'T_train': 1})}
+  'gain10': ('bare, features √10 times as long', {**BARE, 'gain': 10**0.5}), 'gain25': ('bare, features 5 times as long', {**BARE, 'gain': 5.}),
+  'bn': ('bare, all batch norms', {**BARE, 'strategy': 'bn'}), 'first_conv': ('bare, first convolution', {**BARE, 'strategy': 'first_conv'}),
+  'conv': ('bare, all convolutions', {**BARE, 'strategy': 'conv'}), 'conv+bn': ('bare, all convolutions and batch norms', {**BARE, 'strategy': 'conv+bn'}),
+  's05': ('bare, σ = 0.5', {**BARE, 'sigma': 0.5}), 's2': ('bare, σ = 2', {**BARE, 'sigma': 2.}),
+  'T1': ('bare, a hyper-step after every step', {**BARE, 'T_train': 1})}
 
 # --- one run
 

@@ -33,7 +33,7 @@ def from_levels(v:Tensor, dtype=torch.float32) -> Tensor:
     return v if dtype==torch.uint8 else v.to(dtype).div_(255)
 
 # %% ../nbs/01_ops.ipynb #f381be3d
-def _double(m): return m.to(torch.float32 if m.device.type=='mps' else torch.float64) # Apple's GPUs have no float64
+def _double(m): return m.to(torch.float64 if m.device.type in ('cpu','cuda') else torch.float32) # Apple's GPUs have no float64, nor have some of Intel's
 
 def affine_coef(
     op:Tensor, # Code of the operation (...,); what is not geometric maps to the identity

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from fastcore.basics import patch
+from fastcore.basics import listify,patch
 from .space import *
 from .ops import *
 
 # %% ../nbs/02_policy.ipynb #b2809032
 P_K = (0.2,0.3,0.5) # P(K=0), P(K=1), P(K=2) (Appendix A)
 _t,_w = (torch.tensor(o) for o in np.polynomial.legendre.leggauss(24))
-GAUSS = (_t+1)/2,_w/2 # nodes and weights on [0,1], for `expected`
+GAUSS = torch.stack([(_t+1)/2,_w/2]) # nodes and weights on [0,1], for `expected`
+GRADED = [o for o in OP_NAMES if TABLE7[o]] # the operations with a magnitude
 
 class Draw(NamedTuple):
     "What is to be done to each sample, in two slots"
@@ -31,40 +32,57 @@ class Draw(NamedTuple):
     centre:Tensor   # Centre (B,2,2) of Cutout, (x,y) in [0,1]
 
 # %% ../nbs/02_policy.ipynb #ad672007
+def _check_skip(skip) -> tuple:
+    "`skip` as a tuple of names"
+    skip = tuple(listify(skip))
+    unknown = sorted({str(o) for o in skip}-set(OP_NAMES))
+    if unknown: raise ValueError(f"`skip` names {unknown}, which are not among the operations: use {OP_NAMES}")
+    if set(skip)==set(OP_NAMES): raise ValueError(f"`skip` names all {len(OP_NAMES)} operations and leaves none to apply: take at least one of them out")
+    return skip
+
 class PBAPolicy:
     "The augmentation policy A(x; λ) of the PBA space: `PBAPolicy()(x, lam)` augments each image under its own λ"
     def __init__(self,
         fill=0.5,            # Colour of holes, in [0,1]: one number or one per channel. The data set's mean becomes 0 in `Normalize`
         bilinear:bool=False, # Interpolate in the geometric operations; Population Based Augmentation takes the nearest pixel
-        skip=()              # Names of operations that are never applied
+        skip=(),             # Names of operations that are never applied, or one name
+        limits:dict|None=None # Narrower ranges of magnitudes, see `Space`
     ):
-        self.space,self.fill,self.bilinear,self.skip = Space(),fill,bilinear,tuple(skip)
-        self.gauss = GAUSS
-        unknown = set(self.skip)-set(OP_NAMES)
-        if unknown: raise ValueError(f"`skip` names {sorted(unknown)}, which are not among the operations: use {OP_NAMES}")
+        self.space,self.fill,self.bilinear,self.skip = Space(limits=limits),fill,bilinear,_check_skip(skip)
+        self.gauss,self.graded_op = GAUSS,torch.tensor([OP[o] for o in GRADED])
         self.cap = torch.tensor(P_K).cumsum(0)[:2] # the first slot is used for k >= 0.2, the second for k >= 0.5
         self.entry_op = torch.tensor([OP[o] for o,_ in self.space.entries])
         self.column = torch.tensor([self.space.n+self.space.graded.index(i) if TABLE7[o] else len(self.space) for i,(o,_) in enumerate(self.space.entries)]) # of the magnitude; one behind the last for none
         self.keep = torch.tensor([o not in self.skip for o,_ in self.space.entries])      # (30,) entries that may be applied
         self.active = torch.cat([self.keep, self.keep[self.space.graded]])                # (H,) hyperparameters that can have an effect
-        lo,hi = zip(*[TABLE7[o] or (0,1) for o,_ in self.space.entries])
+        lo,hi = zip(*[TABLE7[o] or (0,1) for o,_ in self.space.entries]) # whatever the limits: 20 degrees are as severe for everyone
         mid = [o in ENHANCERS for o,_ in self.space.entries]
         unit = [(h-l)/(1+c) if TABLE7[o] else float('inf') for l,h,c,(o,_) in zip(lo, hi, mid, self.space.entries)]
         self.zero,self.unit = torch.tensor([(l+h)/2 if c else l for l,h,c in zip(lo,hi,mid)]),torch.tensor(unit) # severity = (m - zero) / unit
 
-    def to(self, device):
-        "This policy with all that it needs on `device`, so that no step has to copy it there and wait"
-        for o,names in ((self,('cap','entry_op','column','keep','active','zero','unit')), (self.space,('lo','hi'))):
-            for n in names: setattr(o, n, getattr(o, n).to(device))
-        if self.fill is not None: self.fill = torch.as_tensor(self.fill, dtype=torch.float32, device=device)
-        self.gauss = tuple(o.to(device) for o in self.gauss)
-        return self
+# %% ../nbs/02_policy.ipynb #1b6d4e01
+@patch
+def to(self:PBAPolicy, device) -> PBAPolicy:
+    "This policy with all that it needs on `device`, so that no step has to copy it there and wait"
+    self.space.to(device)
+    for n in 'gauss graded_op cap entry_op column keep active zero unit'.split(): setattr(self, n, on_device(getattr(self, n), device))
+    if self.fill is not None: self.fill = torch.as_tensor(self.fill, dtype=torch.float32, device=device)
+    return self
 
-    def for_channels(self, c:int):
-        "This policy for images of `c` channels: without the operations that need RGB, where `c` is not 3"
-        if c==3 or 'Color' in self.skip: return self
-        warnings.warn(f"Color needs RGB images and these have {c} channels: it is left out")
-        return PBAPolicy(self.fill, self.bilinear, (*self.skip,'Color'))
+# %% ../nbs/02_policy.ipynb #1b6d4e03
+@patch
+def for_channels(self:PBAPolicy, c:int) -> PBAPolicy:
+    "This policy for images of `c` channels: without the operations that need RGB, where `c` is not 3"
+    if c==3 or 'Color' in self.skip: return self
+    if len(self.inactive)==len(OP_NAMES)-1:
+        raise ValueError(f"Color needs RGB images and these have {c} channels, but `skip` names all the others: take one of them out")
+    warnings.warn(f"Color needs RGB images and these have {c} channels: it is left out")
+    return PBAPolicy(self.fill, self.bilinear, (*self.skip,'Color'), self.space.limits).to(self.keep.device)
+
+@patch(as_prop=True)
+def inactive(self:PBAPolicy) -> list:
+    "Names of the operations that are never applied: those that the user skips, and those that cannot act on these images"
+    return [o for o in OP_NAMES if o in self.skip]
 
 # %% ../nbs/02_policy.ipynb #a557c46a
 @patch
@@ -110,28 +128,35 @@ def __call__(self:PBAPolicy,
     return policy.apply(x, policy.draw(lam, generator))
 
 # %% ../nbs/02_policy.ipynb #2ee52ce4
-GRADED = [o for o in OP_NAMES if TABLE7[o]] # the operations with a magnitude
-
 @patch
 def features(self:PBAPolicy, draw:Draw) -> Tensor: # (B,27)
     "What was done to each sample: counts per operation (15), sums of severities per operation with a magnitude (12)"
     hot = (draw.op[...,None]==torch.arange(len(OP_NAMES), device=draw.op.device)).to(draw.severity.dtype) # (B,2,15)
-    return torch.cat([hot.sum(1), (hot*draw.severity[...,None]).sum(1)[:,[OP[o] for o in GRADED]]], 1)
+    return torch.cat([hot.sum(1), (hot*draw.severity[...,None]).sum(1)[:,self.graded_op.to(hot.device)]], 1)
 
 # %% ../nbs/02_policy.ipynb #66c88305
 @patch
-def p_applied(self:PBAPolicy, lam:Tensor) -> Tensor: # λ (H,) -> (30,)
-    "P(entry applied) of each entry under the bare λ"
-    p = self.space.values(lam)[:self.space.n]*self.keep.to(lam.device)
-    t,w = (o.to(lam)[:,None] for o in self.gauss)
+def _applied(self:PBAPolicy, values:Tensor) -> Tensor: # Values (H,) -> (30,)
+    "P(entry applied) of each entry"
+    p = values[:self.space.n]*self.keep.to(values.device)
+    t,w = self.gauss.to(values)[...,None]
     r = p*t/(1-p*t)
     p0 = (1-p*t).prod(1, keepdim=True)/(1-p*t)
     p1 = p0*(r.sum(1, keepdim=True)-r)
     return p*(w*(P_K[1]*p0 + P_K[2]*(p0+p1))).sum(0)
 
 @patch
-def expected(self:PBAPolicy, lam:Tensor) -> Tensor: # λ (H,) -> (27,)
-    "E[features | λ], exact and differentiable in λ"
-    a = self.p_applied(lam)
+def p_applied(self:PBAPolicy, lam:Tensor, sigma:float=0.) -> Tensor: # λ (H,) -> (30,)
+    "P(entry applied) of each entry under λ+ε, ε ~ N(0, σ²); by default under the bare λ"
+    return self._applied(self.space.expected(lam, sigma))
+
+@patch
+def expected(self:PBAPolicy,
+    lam:Tensor, # λ (H,)
+    sigma:float=0. # Standard deviation of ε
+) -> Tensor: # (27,)
+    "Mean of the features of images under λ+ε, ε ~ N(0, σ²), exact and differentiable in λ"
+    values = self.space.expected(lam, sigma)
+    a = self._applied(values)
     hot = (self.entry_op.to(lam.device)[:,None]==torch.arange(len(OP_NAMES), device=lam.device)).to(a)
-    return torch.cat([a@hot, ((a*self.severities(self.space.values(lam)))@hot)[[OP[o] for o in GRADED]]])
+    return torch.cat([a@hot, ((a*self.severities(values))@hot)[self.graded_op.to(a.device)]])

@@ -32,9 +32,31 @@ def test_dose_equals_a_literal_walk(n=40_000):
     want = policy.expected(lam).float()
     assert ((f.mean(0)-want).abs() < 5*f.std(0)/200_000**0.5 + 1e-6).all()
 
-def test_dose_gradient_is_that_of_finite_differences():
+@pytest.mark.parametrize('sigma', [0.,0.5,1.,2.])
+def test_dose_gradient_is_that_of_finite_differences(sigma):
     policy,lam = PBAPolicy(),torch.randn(54, generator=gen(1)).double()
-    assert torch.autograd.gradcheck(policy.expected, lam.requires_grad_())
+    assert torch.autograd.gradcheck(lambda l: policy.expected(l, sigma), lam.requires_grad_())
+
+@pytest.mark.parametrize('sigma', [0.5,1.,2.])
+def test_mean_of_values_is_exact(sigma):
+    "Against Gauss-Hermite with 150 nodes, wrong by about exp(-2·π/(σ√2)·√300) < 1e-16; the bound of ours is 2e-12 of the range"
+    n,w = (torch.from_numpy(o) for o in np.polynomial.hermite_e.hermegauss(150))
+    space,lam = Space(),torch.linspace(-15, 15, 301).double()[:,None].expand(-1,54)
+    want = (space.values(lam[...,None,:]+sigma*n[:,None])*(w/w.sum())[:,None]).sum(-2)
+    assert ((space.expected(lam, sigma)-want).abs() <= 2e-12*(space.hi-space.lo)).all()
+    assert (space.expected(lam.float(), sigma)-want).abs().div(space.hi-space.lo).max() < 1e-6 # float32, whose steps are 1.2e-7
+
+@pytest.mark.parametrize('sigma', [0.5,1.,2.])
+@pytest.mark.parametrize('p_rotate,skip', [(0.05,[]), (0.9,[]), (0.9,['Invert','TranslateX','Cutout'])])
+def test_mean_dose_under_perturbed_hyperparameters(p_rotate, skip, sigma, n=100_000):
+    "Five standard errors hold the new expectation of every feature; the one at the bare λ, by which images under λ+ε were centred before, is far outside"
+    policy,lam = PBAPolicy(skip=skip),Space().start()
+    lam[[policy.space.names.index(f'Rotate_{c}.p') for c in (0,1)]] = torch.tensor(p_rotate).logit()
+    lam_i = lam + sigma*policy.active*torch.randn(n, 54, generator=gen(4))
+    f = policy.features(policy.draw(lam_i, gen(5))).double()
+    off = lambda *args: (f.mean(0)-policy.expected(lam.double(), *args)).abs() / (f.std(0)/n**0.5+1e-9)
+    assert (off(sigma) < 5).all() and off().max() > 9
+    assert (f[:,[OP_NAMES.index(o) for o in skip]]==0).all()
 
 def test_draws_do_not_depend_on_neighbours(n=512):
     "Other λ for the others, or fewer of them: the same draw for sample 0"
@@ -67,6 +89,36 @@ def test_color_is_left_out_with_one_warning(c):
     assert len(w)==1 and y.shape==(64,c,8,8)
     assert not (PBAPolicy(skip=['Color']).draw(torch.full((999,54), 3.), gen(0)).op==OP_NAMES.index('Color')).any()
 
+def test_what_cannot_act_takes_up_no_slot(n=50_000):
+    "Invert alone is left, with both gates open: it fills all slots that the cap allows, and nothing else is drawn, whatever λ says"
+    policy = PBAPolicy(skip=[o for o in OP_NAMES if o not in ('Invert','Color')])
+    with pytest.warns(UserWarning, match='Color needs RGB'): policy = policy.for_channels(1)
+    assert policy.inactive==[o for o in OP_NAMES if o!='Invert'] and [n for n,a in zip(policy.space.names, policy.active) if a]==['Invert_0.p','Invert_1.p']
+    d = policy.draw(torch.full((n,54), 50.), gen(0))
+    assert set(d.op.unique().tolist())=={-1,OP_NAMES.index('Invert')}
+    for k,share in enumerate(P_K): assert abs(((d.op>=0).sum(1)==k).float().mean()-share) < 4*(share*(1-share)/n)**0.5
+    assert torch.allclose(policy.expected(torch.full((54,), 50.))[:15].sum(), torch.tensor(1.3)) # 0.3 + 2*0.5
+
+def test_limits_bound_what_is_drawn():
+    "Severities keep the unit of Table 7: 10 of its 30 degrees are a third"
+    policy = PBAPolicy(limits={'Rotate': (0,10), 'Brightness': (0.8,1.2)})
+    d = policy.draw(torch.full((20_000,54), 10.) + 2*torch.randn(20_000, 54, generator=gen(0)), gen(1))
+    rotate,bright = (d.op==OP_NAMES.index(o) for o in ('Rotate','Brightness'))
+    assert 9.9<d.m[rotate].max()<=10 and -10<=d.m[rotate].min()<-9.9 and 1.19<d.m[bright].max()<=1.2
+    assert torch.isclose(d.severity[rotate].max(), torch.tensor(1/3), atol=1e-3) and torch.isclose(d.severity[bright].max(), torch.tensor(0.2/0.9), atol=1e-3)
+
+def test_other_channels_keep_all_that_was_said():
+    policy = PBAPolicy(torch.rand(2), True, 'Invert', {'Rotate': (0,10)})
+    with pytest.warns(UserWarning, match='Color needs RGB'): grey = policy.for_channels(2)
+    assert torch.equal(grey.fill, policy.fill) and grey.bilinear and grey.inactive==['Invert','Color'] and grey.space.ranges==policy.space.ranges
+    assert policy.inactive==['Invert'] and policy.for_channels(3) is policy and grey.for_channels(1) is grey
+
+def test_skip_is_checked():
+    with pytest.raises(ValueError, match='names all 15 operations'): PBAPolicy(skip=OP_NAMES)
+    with pytest.raises(ValueError, match="Flip.*which are not among the operations"): PBAPolicy(skip='Flip')
+    color = PBAPolicy(skip=[o for o in OP_NAMES if o!='Color'])
+    with pytest.raises(ValueError, match='these have 1 channels, but `skip` names all the others'): color.for_channels(1)
+
 def test_untouched_images_are_bit_equal():
     x = torch.rand(500,3,8,8)
     policy = PBAPolicy()
@@ -90,4 +142,4 @@ def test_no_step_waits_for_the_device():
             d = policy.draw(lam.detach().repeat(8,1)[:8])
             for v in (x,x.to(torch.uint8)): assert policy.apply(v, d).shape==x.shape
             policy.features(d)
-            policy.expected(lam[0]).sum().backward()
+            for sigma in (0.,1.): policy.expected(lam[0], sigma).sum().backward()

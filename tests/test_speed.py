@@ -41,5 +41,5 @@ def test_calls_of_a_batch_do_not_grow_with_it(monkeypatch):
     few,many = calls(128, 16, policy),calls(512, 16, policy)
     assert many < 1.15*few and calls(128, 32, policy) < 1.1*few # a loop over samples would be 4 times as many
     assert few < 600
-    monkeypatch.setattr('hba_fastai.policy.Space', lambda: Space(copies=8))
+    monkeypatch.setattr('hba_fastai.policy.Space', lambda limits: Space(8, limits))
     assert calls(128, 16, PBAPolicy()) < 1.1*few # H = 216 instead of 54

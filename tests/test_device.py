@@ -1,0 +1,55 @@
+"""What a search needs of a device: no float64 off the CPU, since Apple's GPUs have none
+
+Seen without such a GPU: tensors on the meta device, and fake tensors, have a device and a dtype and no data."""
+import pytest, torch
+from hba_fastai.policy import PBAPolicy
+from hba_fastai.space import Space
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+class no_float64(TorchDispatchMode):
+    "Raise where an operation makes or takes a float64 tensor off the CPU"
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        odd = [o for o in tree_leaves((args,kwargs,out)) if isinstance(o, torch.Tensor) and o.dtype==torch.float64 and o.device.type!='cpu']
+        if odd: raise TypeError(f"{func} makes or takes float64 on {odd[0].device}")
+        return out
+
+def test_the_guard_sees_float64():
+    with no_float64():
+        torch.zeros(3, dtype=torch.float64)
+        for f in (lambda: torch.zeros(3, dtype=torch.float64, device='meta'), lambda: torch.zeros(3, device='meta').double(), lambda: Space().lo.to('meta')):
+            with pytest.raises(TypeError, match='float64 on meta'): f()
+
+@pytest.mark.parametrize('sigma', [0.,1.])
+@pytest.mark.parametrize('fill', [0.5,torch.rand(3)])
+def test_a_policy_needs_no_float64(fill, sigma):
+    with no_float64():
+        policy = PBAPolicy(fill, limits={'Rotate': (0,10)}).to('meta')
+        lam = torch.zeros(54, device='meta', requires_grad=True)
+        d = policy.draw(lam.detach().repeat(8,1))
+        f,z = policy.features(d),policy.expected(lam, sigma)
+        z.sum().backward()
+        assert {o.device.type for o in (*d,f,z,lam.grad)}=={'meta'} and f.dtype==z.dtype==torch.float32
+        for x in (torch.rand(8,3,16,16, device='meta'),torch.zeros(8,3,16,16, dtype=torch.uint8, device='meta')):
+            for policy.bilinear in (False,True): assert policy.apply(x, d).dtype==x.dtype
+
+def test_a_policy_needs_no_float64_on_a_gpu():
+    "All but the operations, whose coordinates are float64 there as Pillow's are, and the backward pass, which wants a driver"
+    with FakeTensorMode(allow_non_fake_inputs=True),no_float64():
+        policy,lam = PBAPolicy().to('cuda'),torch.zeros(54, device='cuda')
+        d = policy.draw(lam.repeat(8,1))
+        assert {o.device.type for o in (*d,policy.features(d),policy.expected(lam),policy.expected(lam, 1.))}=={'cuda'}
+
+@pytest.mark.parametrize('space', [Space(),Space().to('meta')])
+def test_a_space_needs_no_float64(space):
+    lam = torch.zeros(54, device='meta')
+    with no_float64():
+        assert space.values(lam).dtype==space.expected(lam, 1.).dtype==torch.float32
+        for f in (space.lam,space.named): # as far as they go without data
+            with pytest.raises((NotImplementedError,RuntimeError), match='meta'): f(lam)
+
+def test_float64_stays_on_the_cpu():
+    policy = PBAPolicy().to('cpu')
+    assert policy.expected(torch.zeros(54, dtype=torch.float64), 1.).dtype==torch.float64 and policy.gauss.dtype==policy.space.lo.dtype==torch.float64
