@@ -182,7 +182,6 @@ def add_params(opt, params:list, state:list|None=None):
         if group is None: raise ValueError(f"The optimizer does not hold the hyper-layer's weight of shape {tuple(like.shape)}: give it all parameters of the model, or choose another strategy")
         group.append(p)
         opt.state[p] = {**{k:v for k,v in opt.state.get(like, {}).items() if k=='force_train'}, 'do_wd': False}
-        p.requires_grad_(like.requires_grad)
     for s,old in zip(_states(opt), state or []): s.update({p:o for (p,_),o in zip(params, old) if o})
 
 def remove_params(opt, params:list) -> list: # Their states in `opt`, one list for it and one for the torch optimizer within
@@ -262,7 +261,7 @@ class HBACallback(PolicyCallback):
     "Hypernetwork-Based Augmentation: learn by gradient, within one fit, how strongly each image operation should act at each moment"
     attached,literal = False,False # Is the search in place? Do the layers hold φ0 (un-centred form, while training)?
     def __init__(self,
-        strategy='first_bn',  # Which layers respond to λ: a name (see `select`), a list of modules, or a predicate on modules
+        strategy='auto',      # Which layers respond to λ: 'auto', a name (see `select`), a list of modules, or a predicate on modules
         T_train:int=2,        # Training steps between hyper-steps
         T_val:int=1,          # Hyper-steps in a row
         sigma:float=1.,       # Standard deviation of ε
@@ -343,9 +342,9 @@ def attach(self:HBACallback):
     self.stream = self._hyper_batches()
     self.undo.callback(setattr, self, 'stream', None) # with its loader, which holds generators: `export` could not pickle them
     self.lam,self.lowest = (o.to(self.generator.device) for o in (self.lam,self.lowest))
-    layers = select(get_model(self.model), tuple(o.as_subclass(Tensor) for o in b[:self.dls.n_inp]), self.strategy)
+    layers,_ = select(get_model(self.model), tuple(o.as_subclass(Tensor) for o in b[:self.dls.n_inp]), self.strategy)
     self.hnet = HyperNet(layers, len(self.z(self.lam)), self.base_seed, self.hnet)
-    self.undo.callback(self.hnet.detach)
+    self.undo.enter_context(self.hnet)
     add_params(self.opt, self.hnet.params)
     self.undo.callback(remove_params, self.opt, self.hnet.params)
     self.undo.callback(keep_state_plain(self.opt, self.hnet.params))

@@ -23,7 +23,13 @@ def make(name, n=7, b=5, mode=True):
     x,z = torch.randn(b,*LAYERS[name][1]).double(),torch.randn(b,n).double()
     plain = copy.deepcopy(layer)
     net = HyperNet([('layer',layer)], n)
+    net.attach()
     return layer,plain,net,x,z
+
+def attached(layers, n):
+    net = HyperNet(layers, n)
+    net.attach()
+    return net
 
 def randomise(net):
     for p,_ in net.params: nn.init.normal_(p)
@@ -91,7 +97,7 @@ def test_hypergradient_equals_finite_differences(condition, strategy, h=1e-4):
     model(x); model[1].running_mean.normal_(); model[1].running_var.uniform_(0.5,2)
     lam = Space().start().double() + 0.5*torch.randn(54).double()
     z = (lambda l: l) if condition=='lambda' else policy.expected
-    net = HyperNet(select(model, (x,), strategy), len(z(lam)))
+    net = attached(select(model, (x,), strategy).layers, len(z(lam)))
     randomise(net)
     before = copy.deepcopy(model.state_dict())
     loss = lambda: F.cross_entropy(model(x), y)
@@ -108,7 +114,7 @@ def test_hypergradient_equals_finite_differences(condition, strategy, h=1e-4):
 def test_uncentred_hypergradient_is_the_same():
     model,x,y = tiny(),torch.rand(9,3,8,8).double(),torch.randint(0,3,(9,))
     model(x)
-    net,lam = HyperNet(select(model, (x,), 'bn'), 54),torch.randn(54).double()
+    net,lam = attached(select(model, (x,), 'bn').layers, 54),torch.randn(54).double()
     randomise(net)
     loss = lambda: F.cross_entropy(model(x), y)
     l,g = hypergradient(net, model, loss, lam, lambda l: l)
@@ -120,21 +126,21 @@ def test_first_is_the_first_that_runs():
     class M(nn.Module):
         def __init__(self): super().__init__(); self.late,self.early = nn.BatchNorm2d(3),nn.BatchNorm2d(3)
         def forward(self, x): return self.late(self.early(x))
-    assert [n for n,_ in select(M(), (torch.rand(2,3,4,4),), 'first_bn')]==['early']
+    assert [n for n,_ in select(M(), (torch.rand(2,3,4,4),), 'first_bn').layers]==['early']
 
 def test_batch_dimension_that_changes_is_refused():
     class Fold(nn.Module):
         def forward(self, x): return x.view(-1, 1, *x.shape[2:])
     model = nn.Sequential(nn.BatchNorm2d(3), Fold(), nn.BatchNorm2d(1))
-    assert len(select(model, (torch.rand(2,3,4,4),), 'first_bn'))==1
+    assert len(select(model, (torch.rand(2,3,4,4),), 'first_bn').layers)==1
     with pytest.raises(ValueError, match='`2` sees a batch of 6 where the model got 2'): select(model, (torch.rand(2,3,4,4),), 'bn')
-    net = HyperNet([('2', model[2])], 4)
+    net = attached([('2', model[2])], 4)
     with net.at(torch.zeros(2,4)), pytest.raises(ValueError, match='got a batch of 6 and the augmentation was drawn for 2'): model(torch.rand(2,3,4,4))
 
 def test_deepcopy_of_an_attached_model_is_its_own():
     "As averaging callbacks do: the copy must not run through the original's weights"
     model = tiny(); x = torch.rand(4,3,8,8).double(); model(x)
-    net = HyperNet(select(model, (x,), 'first_conv'), 6)
+    net = attached(select(model, (x,), 'first_conv').layers, 6)
     twin = copy.deepcopy(model)
     with torch.no_grad(): twin[0].weight.zero_(); twin[0].bias.zero_()
     assert twin[0](x).abs().max()==0 and model[0](x).abs().max()>0
