@@ -350,12 +350,11 @@ def check_hypergradient(net:HyperNet, model:nn.Module, loss):
             gs = torch.autograd.grad(l, zs, allow_unused=True) if l.requires_grad else [None]*len(zs)
     except RuntimeError as e:
         if 'checkpoint' not in str(e).lower(): raise
-        raise ValueError("The model checkpoints its activations with use_reentrant=True, which allows no hypergradient: "
-                         "use use_reentrant=False, or no checkpointing (of a timm model: `set_grad_checkpointing(False)`)") from None
+        gs = [None]*len(zs) # torch refuses to differentiate a reentrant checkpoint this way
     finally: net.set(None)
     lost = [l.name for l,g in zip(net.layers, gs) if g is None]
-    if lost: raise ValueError(f"No gradient of the validation loss reaches the hyper-layer `{lost[0]}`, as under torch.no_grad() or checkpoint(use_reentrant=True): "
-                              "let gradients through it, or choose a strategy of later layers")
+    if lost: raise ValueError(f"No gradient of the validation loss reaches the hyper-layer `{lost[0]}`: run the layers from there on outside of torch.no_grad() "
+                              "and checkpoint with use_reentrant=False or not at all (timm: `set_grad_checkpointing(False)`), or choose a strategy of later layers")
 
 # %% ../nbs/03_hyper.ipynb #4f176d53
 def adam_start(lam:Tensor) -> tuple:
