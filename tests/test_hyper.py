@@ -2,8 +2,11 @@
 import copy
 import pytest, torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d,GroupNormAct,LayerNorm2d,RmsNorm,RmsNorm2d,ScaledStdConv2d,ScaledStdConv2dSame
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
-from hba_fastai.hyper import HyperNet,evaluating,hypergradient,select
+from torch.utils.checkpoint import checkpoint
+from hba_fastai.hyper import HyperNet,check_hypergradient,evaluating,hypergradient,select
 from hba_fastai.policy import PBAPolicy
 from hba_fastai.space import Space
 
@@ -13,7 +16,11 @@ LAYERS = {'Conv1d': (lambda: nn.Conv1d(4,6,3,padding=1), (4,9)), 'Conv2d': (lamb
           'BatchNorm1d': (lambda: nn.BatchNorm1d(4), (4,)), 'BatchNorm1d seq': (lambda: nn.BatchNorm1d(4), (4,6)),
           'BatchNorm2d': (lambda: nn.BatchNorm2d(4), (4,6,5)), 'BatchNorm3d': (lambda: nn.BatchNorm3d(4), (4,3,3,3)),
           'GroupNorm': (lambda: nn.GroupNorm(2,4), (4,6,5)), 'InstanceNorm2d': (lambda: nn.InstanceNorm2d(4,affine=True), (4,6,5)),
-          'LayerNorm': (lambda: nn.LayerNorm(4), (6,4)), 'LayerNorm no bias': (lambda: nn.LayerNorm(4,bias=False), (6,4)), 'LayerNorm 2 dims': (lambda: nn.LayerNorm((6,4)), (3,6,4))}
+          'LayerNorm': (lambda: nn.LayerNorm(4), (6,4)), 'LayerNorm no bias': (lambda: nn.LayerNorm(4,bias=False), (6,4)), 'LayerNorm 2 dims': (lambda: nn.LayerNorm((6,4)), (3,6,4)),
+          'RMSNorm': (lambda: nn.RMSNorm(4), (6,4)), 'timm RmsNorm': (lambda: RmsNorm(4), (6,4)), 'timm RmsNorm2d': (lambda: RmsNorm2d(4), (4,6,5)),
+          'timm LayerNorm2d': (lambda: LayerNorm2d(4), (4,6,5)), 'timm GroupNormAct': (lambda: GroupNormAct(4,2), (4,6,5)), 'timm BatchNormAct2d': (lambda: BatchNormAct2d(4), (4,6,5)),
+          'timm Conv2dSame': (lambda: Conv2dSame(4,6,3,2), (4,9,7)), 'timm ScaledStdConv2d': (lambda: ScaledStdConv2d(4,6,3), (4,9,7)),
+          'timm ScaledStdConv2dSame': (lambda: ScaledStdConv2dSame(4,6,3,2), (4,9,7))}
 
 def make(name, n=7, b=5, mode=True):
     "A layer with random affine part, its hyper-layer with random φ, inputs and deviations"
@@ -23,7 +30,13 @@ def make(name, n=7, b=5, mode=True):
     x,z = torch.randn(b,*LAYERS[name][1]).double(),torch.randn(b,n).double()
     plain = copy.deepcopy(layer)
     net = HyperNet([('layer',layer)], n)
+    net.attach()
     return layer,plain,net,x,z
+
+def attached(layers, n):
+    net = HyperNet(layers, n)
+    net.attach()
+    return net
 
 def randomise(net):
     for p,_ in net.params: nn.init.normal_(p)
@@ -33,7 +46,7 @@ def weights(plain, net, z):
     l, = net.layers
     def at(k):
         p,u,v = getattr(plain,k),l.U[k],l.V[k]
-        if isinstance(plain, nn.LayerNorm): return p + (v@z).view_as(u)*u # each weight is a row of its own, as in Eq. 26
+        if v.shape[0]==u.numel(): return p + (v@z).view_as(u)*u # each weight is a row of its own, as in Eq. 26
         return p + (torch.diag(v@z)@u.flatten(1 if u.dim()>1 else 0)).view_as(u) # φ0 + diag(φ_V z) φ_U
     return {k: at(k) for k in l.U}
 
@@ -91,7 +104,7 @@ def test_hypergradient_equals_finite_differences(condition, strategy, h=1e-4):
     model(x); model[1].running_mean.normal_(); model[1].running_var.uniform_(0.5,2)
     lam = Space().start().double() + 0.5*torch.randn(54).double()
     z = (lambda l: l) if condition=='lambda' else policy.expected
-    net = HyperNet(select(model, (x,), strategy), len(z(lam)))
+    net = attached(select(model, (x,), strategy).layers, len(z(lam)))
     randomise(net)
     before = copy.deepcopy(model.state_dict())
     loss = lambda: F.cross_entropy(model(x), y)
@@ -108,7 +121,7 @@ def test_hypergradient_equals_finite_differences(condition, strategy, h=1e-4):
 def test_uncentred_hypergradient_is_the_same():
     model,x,y = tiny(),torch.rand(9,3,8,8).double(),torch.randint(0,3,(9,))
     model(x)
-    net,lam = HyperNet(select(model, (x,), 'bn'), 54),torch.randn(54).double()
+    net,lam = attached(select(model, (x,), 'bn').layers, 54),torch.randn(54).double()
     randomise(net)
     loss = lambda: F.cross_entropy(model(x), y)
     l,g = hypergradient(net, model, loss, lam, lambda l: l)
@@ -120,21 +133,21 @@ def test_first_is_the_first_that_runs():
     class M(nn.Module):
         def __init__(self): super().__init__(); self.late,self.early = nn.BatchNorm2d(3),nn.BatchNorm2d(3)
         def forward(self, x): return self.late(self.early(x))
-    assert [n for n,_ in select(M(), (torch.rand(2,3,4,4),), 'first_bn')]==['early']
+    assert [n for n,_ in select(M(), (torch.rand(2,3,4,4),), 'first_bn').layers]==['early']
 
 def test_batch_dimension_that_changes_is_refused():
     class Fold(nn.Module):
         def forward(self, x): return x.view(-1, 1, *x.shape[2:])
     model = nn.Sequential(nn.BatchNorm2d(3), Fold(), nn.BatchNorm2d(1))
-    assert len(select(model, (torch.rand(2,3,4,4),), 'first_bn'))==1
+    assert len(select(model, (torch.rand(2,3,4,4),), 'first_bn').layers)==1
     with pytest.raises(ValueError, match='`2` sees a batch of 6 where the model got 2'): select(model, (torch.rand(2,3,4,4),), 'bn')
-    net = HyperNet([('2', model[2])], 4)
+    net = attached([('2', model[2])], 4)
     with net.at(torch.zeros(2,4)), pytest.raises(ValueError, match='got a batch of 6 and the augmentation was drawn for 2'): model(torch.rand(2,3,4,4))
 
 def test_deepcopy_of_an_attached_model_is_its_own():
     "As averaging callbacks do: the copy must not run through the original's weights"
     model = tiny(); x = torch.rand(4,3,8,8).double(); model(x)
-    net = HyperNet(select(model, (x,), 'first_conv'), 6)
+    net = attached(select(model, (x,), 'first_conv').layers, 6)
     twin = copy.deepcopy(model)
     with torch.no_grad(): twin[0].weight.zero_(); twin[0].bias.zero_()
     assert twin[0](x).abs().max()==0 and model[0](x).abs().max()>0
@@ -144,3 +157,125 @@ def test_deepcopy_of_an_attached_model_is_its_own():
 def test_strategies_that_do_not_fit(strategy, match):
     model = nn.Sequential(nn.Conv2d(3,4,3), nn.Flatten(), nn.Linear(16,2))
     with pytest.raises(ValueError, match=match): select(model, (torch.rand(2,3,4,4),), strategy)
+
+@pytest.mark.parametrize('training', [True,False])
+def test_a_frozen_batch_norm_responds_too(training):
+    "As with `train_bn=False` and BnFreeze: the layer is in eval mode and its weights are frozen, in a model that trains"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4*36,2)).double().train(training)
+    model[1].eval().requires_grad_(False)
+    x,z = torch.rand(5,3,8,8).double(),torch.randn(5,3).double()
+    stats = copy.deepcopy(model[1].state_dict())
+    with HyperNet(select(model, (x,)).layers, 3) as net:
+        for p,_ in net.params: nn.init.normal_(p)
+        with net.at(z): moved = model(x)
+        assert (moved-model(x)).abs().amin(1).min() > 1e-6 # of each sample
+        moved.square().sum().backward()
+        assert all(p.grad.abs().max()>0 for p,_ in net.params) and model[1].weight.grad is None
+    assert all(torch.equal(v, stats[k]) for k,v in model[1].state_dict().items())
+
+# --- gradient checkpointing
+
+class Checkpointed(nn.Module):
+    "Blocks that run again on the way back; `how` are the arguments of `checkpoint`, None for none"
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(2)
+        self.stem,self.how = nn.Conv2d(3,4,3),how
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4,4,3,padding=1), nn.GroupNorm(1,4), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(4,3)
+    def forward(self, x):
+        x = self.stem(x)
+        for b in self.blocks: x = b(x) if self.how is None else checkpoint(b, x, **self.how)
+        return self.head(x.mean((2,3)))
+
+HOW = {'not reentrant': dict(use_reentrant=False), 'reentrant': dict(use_reentrant=True)}
+
+def checkpointed(how, strategy='norm'):
+    model,x,y = Checkpointed(how).double(),torch.rand(6,3,8,8, generator=torch.Generator().manual_seed(0)).double(),torch.arange(6)%3
+    net = attached(select(model, (x,), strategy).layers, 5)
+    torch.manual_seed(3)
+    randomise(net)
+    return model,net,x,lambda: F.cross_entropy(model(x), y)
+
+@pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad') # torch says so in the forward pass without gradients that `select` makes
+@pytest.mark.parametrize('how', HOW.values(), ids=HOW)
+def test_checkpointing_leaves_the_gradients_of_phi_as_they_are(how):
+    grads = []
+    for h in (None,how):
+        _,net,_,loss = checkpointed(h)
+        net.set(torch.randn(6,5, generator=torch.Generator().manual_seed(4)).double())
+        loss().backward()
+        net.set(None)
+        grads.append([p.grad for p,_ in net.params])
+    assert all(g.abs().max()>0 and torch.allclose(g, w, rtol=1e-12, atol=1e-14) for g,w in zip(*grads))
+
+def test_hypergradient_through_checkpointed_blocks():
+    lam = torch.randn(5).double()
+    (l,g),(l2,g2) = (hypergradient(net, model, loss, lam, lambda l: l) for model,net,_,loss in (checkpointed(None),checkpointed(HOW['not reentrant'])))
+    assert g.abs().min()>0 and torch.equal(l, l2) and torch.allclose(g, g2, rtol=1e-12)
+
+def everything(model): return [t.clone() for t in model.state_dict().values()]+[torch.get_rng_state()],[m.training for m in model.modules()],[p.grad for p in model.parameters()]
+
+@pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
+@pytest.mark.parametrize('how,match', [(None,None), (HOW['not reentrant'],None), (HOW['reentrant'],'use_reentrant=False')])
+@pytest.mark.parametrize('strategy', ['norm','first_conv'])
+def test_a_trial_refuses_what_has_no_hypergradient_and_leaves_everything_as_it_is(how, match, strategy):
+    model,net,_,loss = checkpointed(how, strategy)
+    model.head = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), model.head).double()
+    noisy,before = lambda: loss()*torch.rand(()),everything(model)
+    if match:
+        with pytest.raises(ValueError, match=match): check_hypergradient(net, model, noisy)
+    else: check_hypergradient(net, model, noisy)
+    after = everything(model)
+    assert all(torch.equal(a, b) for a,b in zip(before[0], after[0])) and before[1:]==after[1:] and all(l.z is None for l in net.layers)
+
+@pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
+def test_a_trial_sees_a_layer_that_the_gradient_misses():
+    "The only checkpointed block gets no input that requires gradients, so torch gives its parameters none, and says nothing"
+    class First(nn.Module):
+        def __init__(self): super().__init__(); self.body,self.rest = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4)),nn.Sequential(nn.Conv2d(4,4,3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4*16,2))
+        def forward(self, x): return self.rest(checkpoint(self.body, x, use_reentrant=True))
+    model,x = First(),torch.rand(3,3,8,8)
+    loss = lambda: model(x).square().mean()
+    with HyperNet(select(model, (x,), 'bn').layers, 5) as net, pytest.raises(ValueError, match='reaches the hyper-layer `body.1`'): check_hypergradient(net, model, loss)
+    with HyperNet([('rest.1',model.rest[1])], 5) as net: check_hypergradient(net, model, loss)
+
+# --- life of a HyperNet
+
+def test_constructors_change_nothing_and_failures_undo_themselves():
+    model = tiny(); x = torch.rand(4,3,8,8).double(); model(x)
+    rng,names = torch.get_rng_state(),[sorted(vars(m)) for m in model.modules()]
+    net = HyperNet(select(model, (x,), 'all').layers, 6)
+    same = lambda: names==[sorted(vars(m)) for m in model.modules()] and torch.equal(rng, torch.get_rng_state())
+    assert same()
+    with HyperNet(select(model, (x,), [model[1]]).layers, 6):
+        with pytest.raises(ValueError, match='`1` responds to a search already'): net.attach()
+        assert 'forward' not in vars(model[0]) and 'forward' in vars(model[1])
+    assert same()
+    with pytest.raises(KeyError), net: raise KeyError
+    net.detach()
+    assert same()
+
+def test_a_forward_of_the_user_is_put_back():
+    bn = nn.BatchNorm2d(3)
+    mine = lambda x: 2*nn.BatchNorm2d.forward(bn, x)
+    bn.forward = mine
+    x = torch.rand(4,3,5,5)
+    with HyperNet([('bn',bn)], 2): assert bn.forward is not mine and torch.equal(bn(x), mine(x))
+    assert bn.forward is mine
+
+def test_phi_go_on_where_shapes_agree_and_begin_anew_elsewhere():
+    net = lambda width,n=5,like=None,seed=0: HyperNet(select(nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.Conv2d(4,width,3)), (torch.rand(2,3,8,8),), 'all').layers, n, seed, like)
+    old = net(6)
+    randomise(old)
+    new = net(7, like=old, seed=1)
+    assert new.fresh==['2'] and net(6, like=old).fresh==[] and net(6, n=4, like=old).fresh==old.fresh==['0','1','2']
+    for l,q,fresh in zip(new.layers, old.layers, (False,False,True)):
+        assert all(torch.equal(l.U[k], q.U[k]) and torch.equal(l.V[k], q.V[k]) for k in l.U) != fresh and (not fresh or l.V['weight'].abs().max()==0)
+
+def test_phi_require_gradients_unless_they_follow():
+    conv = nn.Conv2d(3,4,3)
+    conv.bias.requires_grad_(False)
+    grads = lambda **kw: [p.requires_grad for p,_ in HyperNet([('conv',conv)], 5, **kw).params]
+    assert grads()==[True]*4 and grads(follow=True)==[True,True,False,False]
