@@ -8,8 +8,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/callback.html.md"""
 __all__ = ['AT', 'GAIN', 'LAM_MAX', 'MAX_SKIPPED', 'default_hlr', 'steps_per_epoch', 'HBACallback', 'warn_of_monitors',
            'warn_of_rates', 'average']
 
-# %% ../nbs/07_callback.ipynb #d08467b8
-import warnings,weakref
+# %% ../nbs/07_callback.ipynb #76703c89
+import numbers,warnings,weakref
 from contextlib import nullcontext,contextmanager
 import torch
 import torch.distributed as dist
@@ -172,7 +172,7 @@ def columns(self:HBACallback):
         yield
     finally: self.learn.metrics = self.learn.metrics.filter(lambda o: not any(o is c for c in cols))
 
-# %% ../nbs/07_callback.ipynb #4944a559
+# %% ../nbs/07_callback.ipynb #f48417df
 @patch
 def attach(self:HBACallback):
     "Put the search in place: policy, target batches, hyper-layers, optimizer"
@@ -187,10 +187,11 @@ def attach(self:HBACallback):
     if self.valid is None: warn_of_monitors(self.learn)
     self.lam,self.lowest = (o.to(self.generator.device) for o in (self.lam,self.lowest))
     chosen = select(get_model(self.model), tuple(o.as_subclass(Tensor) for o in b[:self.dls.n_inp]), self.strategy)
-    if not isinstance(self.valid, (int,float,type(None))) and not self.points: warn_of_rates(self.learn, chosen.layers)
+    if not isinstance(self.valid, (numbers.Real,type(None))) and not self.points: warn_of_rates(self.learn, chosen.layers)
     self.undo.callback(lambda: self.as_trained(False)) # before the layers are detached
     self.hnet = self.undo.enter_context(HyperNet(chosen.layers, len(self.z(self.lam)), self.base_seed, self.hnet, follow=not self.fast))
     self.undo.enter_context(trained_with(self.opt, self.hnet.params, fastest(self.learn) if self.fast else None))
+    check_hypergradient(self.hnet, get_model(self.model), lambda: self.target_loss(self.stream.peek()))
     self.begin(chosen.reason)
 
 # %% ../nbs/07_callback.ipynb #c7d62841
@@ -272,18 +273,21 @@ def after_batch(self:HBACallback):
     if self.done+self.learn.pct_train*self.learn.n_epoch < self.wait-1e-9: return
     for _ in range(self.T_val): self.hyper_step()
 
-# %% ../nbs/07_callback.ipynb #f4d7a9ed
+# %% ../nbs/07_callback.ipynb #46ad8e5d
 LAM_MAX = 7.
+
+@patch
+def target_loss(self:HBACallback, b:tuple) -> Tensor:
+    "Loss of the network on a target batch, in the precision of training"
+    n,mp,model = self.dls.n_inp,getattr(self.learn, 'mixed_precision', None),get_model(self.learn.model)
+    with mp.autocast if mp else nullcontext(): return self.loss0(to_float(model(*b[:n])) if mp else model(*b[:n]), *b[n:]).as_subclass(Tensor)
 
 @patch
 def hyper_step(self:HBACallback):
     "Move λ one step of Adam downhill on a validation batch (Eq. 11)"
-    b,n = next(self.stream),self.dls.n_inp
-    mp,scaler,model = getattr(self.learn, 'mixed_precision', None),getattr(self.learn, 'scaler', None),get_model(self.learn.model)
-    def loss():
-        with mp.autocast if mp else nullcontext(): return self.loss0(to_float(model(*b[:n])) if mp else model(*b[:n]), *b[n:]).as_subclass(Tensor)
+    b,scaler = next(self.stream),getattr(self.learn, 'scaler', None)
     scale = scaler.scale(torch.ones_like(self.lam[0])) if scaler else 1.
-    l,g = hypergradient(self.hnet, model, loss, self.lam, self.z, scale, None if self.centred else torch.zeros_like(self.ref))
+    l,g = hypergradient(self.hnet, get_model(self.learn.model), lambda: self.target_loss(b), self.lam, self.z, scale, None if self.centred else torch.zeros_like(self.ref))
     g = average(g)
     lam,self.adam,ok = adam(self.lam, g, self.adam, self.rate, self.joint)
     self.lam = lam.clamp(max=LAM_MAX).max(self.lowest)

@@ -238,14 +238,9 @@ def test_data_that_do_not_fit(dls, error, match):
 def test_a_model_without_batch_norm():
     model = nn.Sequential(nn.Conv2d(3,8,3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))
     learn = small_learner(model=model)
-<<<<<<< HEAD
     with pytest.raises(ValueError, match="'first_bn' matches no layer of Sequential, whose layers are: 1 Conv2d, 1 Linear"): learn.fit(1, cbs=HBACallback('first_bn'))
     learn.fit(1, cbs=(hba:=HBACallback())) # which finds the convolution
     assert hba.schedule.provenance['layers']==['0']
-=======
-    with pytest.raises(ValueError, match="'first_bn' matches no layer of Sequential, whose layers are: 1 Conv2d, 1 Linear"): learn.fit(1, cbs=HBACallback(strategy='first_bn'))
-    learn.fit(1, cbs=HBACallback('first_conv'))
->>>>>>> hyper
 
 @pytest.mark.parametrize('kw', [dict(T_train=0), dict(T_val=0), dict(T_train=1.5), dict(sigma=-1), dict(sigma=float('nan')), dict(hlr=0), dict(condition='x'), dict(start=0),
                                 dict(start=1.2), dict(start={'Invert_0.p': 1.01}), dict(start={'Invert_0.p': -0.1}), dict(start={'Inwert_0.p': 0.1}), dict(start={'Rotate_0.m': 31})])

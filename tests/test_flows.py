@@ -218,7 +218,7 @@ def _(cb):
         assert ('mean_p' in run.summary.keys())==isinstance(cb, HBACallback)
     return l
 for mix in (MixUp,CutMix):
-    flow('companions', mix.__name__, search=f'refused: {mix.__name__} mixes images whose λ differ')(with_cbs(mix))
+    flow('companions', mix.__name__, search=f'refused: {mix.__name__} mixes images whose hyperparameters differ')(with_cbs(mix))
 @flow('companions', 'torch.compile', search='refused: The model is compiled')
 def _(cb): l = small_learner(model=torch.compile(small_net(), backend='eager')); l.fit(2, cbs=cb); return l
 @flow('companions', 'nn.DataParallel', search='refused: nn.DataParallel splits')
