@@ -12,7 +12,7 @@ import os,signal,sys,time,warnings
 from contextlib import contextmanager,nullcontext
 from fastcore.script import call_parse,CliError,is_cli
 
-# %% ../nbs/08_cli.ipynb #812a9194
+# %% ../nbs/08_cli.ipynb #e9b2feca
 def interrupt_once(seconds:float=2):
     "A handler of SIGINT that takes presses within `seconds` as one"
     last = float('-inf')
@@ -28,7 +28,7 @@ def as_command():
     sys.stdout.reconfigure(errors='backslashreplace') # as stderr has it
     os.environ['MPLBACKEND'] = 'Agg'
     warnings.filterwarnings('ignore', message='`torch.jit.script`', category=FutureWarning) # of fastai's imports
-    signal.signal(signal.SIGINT, interrupt_once())
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, interrupt_once()) # else the shell keeps Ctrl-C away
     try: yield
     except KeyboardInterrupt as e:
         print(f"\n{e}" if str(e) else "\nStopped before the search began: nothing was written", file=sys.stderr)

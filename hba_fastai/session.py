@@ -6,11 +6,11 @@ Docs: https://hba-fastai.github.io/hba-fastai/session.html.md"""
 
 # %% auto #0
 __all__ = ['DIGITS_LR', 'check_numbers', 'check_out', 'chosen', 'n_hyper_steps', 'say_plan', 'cell', 'row_writer',
-           'one_line_per_epoch', 'keep', 'KeepCallback', 'kept', 'search', 'say_found', 'search_folder', 'digits_net',
-           'digits_learner', 'error_on_test', 'at_start', 'compare_on_digits', 'search_digits', 'run']
+           'one_line_per_epoch', 'keep', 'KeepCallback', 'words', 'kept', 'search', 'say_found', 'search_folder',
+           'digits_net', 'digits_learner', 'error_on_test', 'at_start', 'compare_on_digits', 'search_digits', 'run']
 
-# %% ../nbs/07c_session.ipynb #84fe0632
-import sys,tempfile,time
+# %% ../nbs/07c_session.ipynb #9e9c94d2
+import re,sys,tempfile,time
 from contextlib import contextmanager,nullcontext
 from fastcore.script import CliError
 from fastai.vision.all import *
@@ -58,7 +58,7 @@ def chosen(strategy=None, skip=None, limits=None) -> dict:
         except ValueError as e: raise CliError(f"--limits {limits!r}: {e}") from None
     return kw
 
-# %% ../nbs/07c_session.ipynb #30b0ded6
+# %% ../nbs/07c_session.ipynb #59844080
 def n_hyper_steps(hba, n_batches:int) -> int:
     "Number of hyper-steps in a training of `n_batches`"
     return hba.T_val*sum(i>=hba.warmup*n_batches for i in range(hba.T_train, n_batches+1, hba.T_train))
@@ -69,8 +69,8 @@ def say_plan(learn, hba, epochs:int, out:Path):
     steps = n_hyper_steps(hba, epochs*n)
     if not steps:
         raise CliError(f"{epochs} epochs of {n} batches make no hyper-step, and a search is made of them: give more --epochs, more images or a smaller --bs")
-    print(f"Search: {epochs} epochs of {n} batches on {sets[0]} training images, and {steps} hyper-steps on {sets[1]} validation images\n"
-          f"(one every {hba.T_train} batches after {hba.warmup:.0%} of the training). "
+    print(f"Search: {epochs} epochs of {n} batches, {sets[0]} training and {sets[1]} validation images\n"
+          f"        {steps} hyper-steps, one every {hba.T_train} batches after {hba.warmup:.0%} of the training\n"
           f"{'Replaces' if out.exists() else 'Writes'} {out}", flush=True)
 
 # %% ../nbs/07c_session.ipynb #17f0d4dd
@@ -100,7 +100,7 @@ def one_line_per_epoch(learn):
     learn.progress._write_stats = row_writer(learn)
     return nullcontext()
 
-# %% ../nbs/07c_session.ipynb #00fb353b
+# %% ../nbs/07c_session.ipynb #e79786a6
 def keep(hba, out) -> bool: # Is there something to keep?
     "Save the schedule of `hba`, if a hyper-step has moved it from its start"
     s = hba.schedule
@@ -114,15 +114,22 @@ class KeepCallback(Callback):
     def __init__(self, hba, out): store_attr()
     def after_epoch(self): keep(self.hba, self.out)
 
+def words(e:Exception) -> str:
+    "The message of `e`, without fastai's note on the callback that raised it"
+    return re.sub(r'^Exception occured in .*?:\s+', '', str(e)).rstrip('.')
+
 @contextmanager
 def kept(hba, out):
     "Whatever ends a search, what it found is in `out`, and the last sentence says so"
-    where = lambda: f"the schedule until then, {hba.schedule.progress[-1]:.0%} of the search, is in {out}" if keep(hba, out) else "no hyper-step had moved the schedule, so none was written"
+    where = lambda: f"the schedule until then, {hba.schedule.progress[-1]:.0%} of the search, is in {out}" if keep(hba, out) else ''
+    also = lambda: f' ({w})' if (w := where()) else ''
     try: yield
-    except KeyboardInterrupt: raise KeyboardInterrupt(f"Stopped: {where()}") from None
-    except (ValueError,TypeError,ArithmeticError,OSError) as e: raise CliError(f"{str(e).rstrip('.')} ({where()})") from None
-    except torch.cuda.OutOfMemoryError: raise CliError(f"The memory of the GPU is too small for this: give a smaller --bs or --size ({where()})") from None
-    finally: keep(hba, out)
+    except OSError as e: raise CliError(words(e)) from None # it may be the disk of `out`
+    except KeyboardInterrupt: raise KeyboardInterrupt(f"Stopped: {where() or 'no hyper-step had moved the schedule, so none was written'}") from None
+    except (ValueError,TypeError,ArithmeticError) as e: raise CliError(words(e)+also()) from None
+    except torch.cuda.OutOfMemoryError: raise CliError("The memory of the GPU is too small for this: give a smaller --bs or --size"+also()) from None
+    except Exception: keep(hba, out); raise
+    else: keep(hba, out)
 
 # %% ../nbs/07c_session.ipynb #fbb435bb
 def search(learn, hba, epochs:int, lr:float, out:Path):
