@@ -12,7 +12,7 @@ import os,signal,sys,time,warnings
 from contextlib import contextmanager,nullcontext
 from fastcore.script import call_parse,CliError,is_cli
 
-# %% ../nbs/08_cli.ipynb #e9b2feca
+# %% ../nbs/08_cli.ipynb #420e601d
 def interrupt_once(seconds:float=2):
     "A handler of SIGINT that takes presses within `seconds` as one"
     last = float('-inf')
@@ -33,6 +33,9 @@ def as_command():
     except KeyboardInterrupt as e:
         print(f"\n{e}" if str(e) else "\nStopped before the search began: nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError: # of `hba_search | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains when it flushes
+        raise SystemExit(141) from None
 
 # %% ../nbs/08_cli.ipynb #04869c2b
 @call_parse(pos='path')

@@ -17,15 +17,18 @@ from PIL import UnidentifiedImageError
 from fastcore.script import CliError
 from fastai.vision.all import *
 
-# %% ../nbs/07b_folder.ipynb #8d5a2a90
+# %% ../nbs/07b_folder.ipynb #692bfc11
 PARTS = 'train','valid','val','test'
 
 def image_files(path:Path) -> list:
-    "The image files under `path`, sorted, those of a linked folder once"
-    files = get_image_files(path)
-    real = {d: os.path.realpath(d) for d in {f.parent for f in files}}
-    once = {(real[f.parent],f.name): f for f in files.sorted(lambda f: len(f.parts), reverse=True)} # the shortest path stays
-    return sorted(once.values())
+    "The image files under `path`, sorted, without hidden ones; a folder that links reach again counts once"
+    files,seen = [],set()
+    for d,sub,names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(d)) in seen: sub.clear(); continue
+        seen.add(real)
+        sub[:] = sorted((o for o in sub if o[0]!='.'), key=lambda o: os.path.islink(os.path.join(d, o))) # the folder itself before links to it
+        files += [Path(d)/f for f in names if f[0]!='.' and os.path.splitext(f)[1].lower() in image_extensions]
+    return sorted(files)
 
 def part_of(path:Path, f:Path) -> str:
     "The folder of `PARTS` to which the image `f` belongs, if it lies in the folder of a class there"
@@ -66,7 +69,7 @@ def check_classes(path, files:list, train:list, valid:list):
     if classes<=set(PARTS): raise CliError(f"The folders {', '.join(sorted(classes))} in {path} hold images and no folders of classes: give one sub-folder per class in each")
     if odd := set(map(parent_label, valid))-classes: raise CliError(f"The validation images under {path} have a class `{min(odd)}` that the training images lack: give it training images, or remove it")
 
-# %% ../nbs/07b_folder.ipynb #96a75b89
+# %% ../nbs/07b_folder.ipynb #d238d75a
 def fault(f) -> str|None:
     "Why the image `f` cannot be used, or None"
     try:
@@ -76,7 +79,7 @@ def fault(f) -> str|None:
             if im.mode in ('I','F') or im.mode.startswith('I;'): return f"has more than 8 bits per colour ({im.mode})"
             im.convert('RGB')
     except UnidentifiedImageError: return "is no image that Pillow knows" if os.path.getsize(f) else "is empty"
-    except Exception as e: return f"cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+    except Exception as e: return f"cannot be read: {getattr(e, 'strerror', None) or str(e) or type(e).__name__}".splitlines()[0]
 
 def check_images(files:list):
     "Raise if an image cannot be used, and name it"

@@ -21,7 +21,7 @@ from .folder import *
 from .schedule import *
 from .space import *
 
-# %% ../nbs/07c_session.ipynb #e19485a8
+# %% ../nbs/07c_session.ipynb #815c24a0
 def check_numbers(epochs:int, size:int, bs:int, lr:float, seed:int):
     "Raise on a number that no search can use"
     for name,v,least in (('epochs',epochs,1), ('size',size,1), ('bs',bs,2), ('seed',seed,0)):
@@ -40,6 +40,7 @@ def check_out(out) -> tuple: # File for the schedule, file for its picture
             if o.exists() and not o.is_file(): raise CliError(f"{o} is there and is no file that can be replaced: give --out another name")
         f.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=f.parent): pass
+    except BrokenPipeError: raise # of stdout
     except OSError as e: raise CliError(f"--out {out} cannot be written ({e.strerror}): name a file in a folder where you may write") from None
     return f.resolve(),picture.resolve()
 
@@ -58,7 +59,7 @@ def chosen(strategy=None, skip=None, limits=None) -> dict:
         except ValueError as e: raise CliError(f"--limits {limits!r}: {e}") from None
     return kw
 
-# %% ../nbs/07c_session.ipynb #59844080
+# %% ../nbs/07c_session.ipynb #58c6e297
 def n_hyper_steps(hba, n_batches:int) -> int:
     "Number of hyper-steps in a training of `n_batches`"
     return hba.T_val*sum(i>=hba.warmup*n_batches for i in range(hba.T_train, n_batches+1, hba.T_train))
@@ -69,7 +70,7 @@ def say_plan(learn, hba, epochs:int, out:Path):
     steps = n_hyper_steps(hba, epochs*n)
     if not steps:
         raise CliError(f"{epochs} epochs of {n} batches make no hyper-step, and a search is made of them: give more --epochs, more images or a smaller --bs")
-    print(f"Search: {epochs} epochs of {n} batches, {sets[0]} training and {sets[1]} validation images\n"
+    print(f"Search: {epochs} epoch{'s'[:epochs>1]} of {n} batches, {sets[0]} training and {sets[1]} validation images\n"
           f"        {steps} hyper-steps, one every {hba.T_train} batches after {hba.warmup:.0%} of the training\n"
           f"{'Replaces' if out.exists() else 'Writes'} {out}", flush=True)
 
@@ -100,7 +101,7 @@ def one_line_per_epoch(learn):
     learn.progress._write_stats = row_writer(learn)
     return nullcontext()
 
-# %% ../nbs/07c_session.ipynb #e79786a6
+# %% ../nbs/07c_session.ipynb #3934943b
 def keep(hba, out) -> bool: # Is there something to keep?
     "Save the schedule of `hba`, if a hyper-step has moved it from its start"
     s = hba.schedule
@@ -124,6 +125,7 @@ def kept(hba, out):
     where = lambda: f"the schedule until then, {hba.schedule.progress[-1]:.0%} of the search, is in {out}" if keep(hba, out) else ''
     also = lambda: f' ({w})' if (w := where()) else ''
     try: yield
+    except BrokenPipeError: raise # of stdout
     except OSError as e: raise CliError(words(e)) from None # it may be the disk of `out`
     except KeyboardInterrupt: raise KeyboardInterrupt(f"Stopped: {where() or 'no hyper-step had moved the schedule, so none was written'}") from None
     except (ValueError,TypeError,ArithmeticError) as e: raise CliError(words(e)+also()) from None
