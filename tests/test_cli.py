@@ -1,38 +1,200 @@
-"The command: on a folder, on the digits, and on what is no folder of images"
-import subprocess,sys
+"The command as people start it: in a terminal, a notebook, a pipe; what it refuses; and what is on disk however it ends"
+import os,pty,re,signal,subprocess,sys
+from functools import partial
 from pathlib import Path
-import pytest
+import numpy as np
+import pytest,torch
+from fastai.learner import load_learner
+from fastcore.script import CliError
+from fastcore.test import test_eq as same
 from PIL import Image
-from hba_fastai.data import digits
+from hba_fastai import session
+from hba_fastai.callback import HBACallback
+from hba_fastai.cli import hba_search
+from hba_fastai.data import digits,in_memory
+from hba_fastai.folder import check_images,folder_dls,folder_learner,split_folder
 from hba_fastai.schedule import Schedule
+from hba_fastai.space import TABLE7
 
 pytestmark = pytest.mark.filterwarnings('ignore')
+COMMAND = str(Path(sys.executable).with_name('hba_search'))
+ENV = {k:v for k,v in os.environ.items() if k!='PYTHONWARNINGS'} | {'COLUMNS': '80'}
+SMALL = '--size 16 --bs 8'.split()
+
+def write_images(path, n=40, classes='ab'):
+    x,_ = digits(24)
+    for i in range(n):
+        f = path/classes[i%len(classes)]/f'{i}.png'
+        f.parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(x[i].permute(1,2,0).numpy()).save(f)
+    return path
 
 @pytest.fixture
-def pngs(tmp_path):
-    x,y = digits(24)
-    for i in range(40):
-        f = tmp_path/'im'/f'{y[i]%2}'/f'{i}.png'; f.parent.mkdir(exist_ok=True, parents=True)
-        Image.fromarray(x[i].permute(1,2,0).numpy()).save(f)
-    return tmp_path/'im'
+def pngs(tmp_path): return write_images(tmp_path/'im')
 
-def search(*args, **kw):
-    return subprocess.run([str(Path(sys.executable).with_name('hba_search')), *map(str, args)], capture_output=True, text=True, timeout=300, **kw)
+def search(*args, env={}, **kw):
+    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, timeout=300, env=ENV|env, **kw)
 
-def test_on_a_folder(pngs, tmp_path):
-    r = search(pngs, '--arch', 'resnet18', '--epochs', 2, '--size', 32, '--bs', 8, '--out', tmp_path/'new'/'s.json')
-    assert r.returncode==0, r.stderr[-2000:]
-    assert len(Schedule.load(tmp_path/'new'/'s.json'))==3 and (tmp_path/'new'/'s.png').exists() and 'ScheduleCallback' in r.stdout and 'hyper_loss' not in r.stderr
+def in_terminal(*args, cwd=None):
+    "Exit status and output of the command in a terminal of 80 columns"
+    mine,its = pty.openpty()
+    p = subprocess.Popen([COMMAND, *map(str, args)], stdin=its, stdout=its, stderr=its, env=ENV, cwd=cwd)
+    os.close(its)
+    out = b''
+    try:
+        while got := os.read(mine, 4096): out += got
+    except OSError: pass # how Linux says that the other end is closed
+    os.close(mine)
+    return p.wait(),out.decode().replace('\r\n', '\n')
 
-def test_on_the_digits(tmp_path):
-    r = search('--epochs', 1, cwd=tmp_path)
-    assert r.returncode==0, r.stderr[-2000:]
-    for row in ('no augmentation','policy fixed at the start value','replayed schedule','797 test images'): assert row in r.stdout
-    assert len(Schedule.load(tmp_path/'schedule.json'))==2
+def rows(text):
+    "Table rows of the output, without the progress bars that were drawn over"
+    lines = [l.split('\r')[-1] for l in text.splitlines()]
+    return [l for l in lines if re.match(r' *(epoch |\d+ +\d+\.\d)', l)]
+
+def test_on_a_folder_through_a_pipe_that_is_not_utf8(tmp_path):
+    write_images(tmp_path/'all'/'train', classes=('a','λ日'))
+    write_images(tmp_path/'all'/'test', 6)
+    r = search(tmp_path/'all', '--epochs', 2, *SMALL, '--out', tmp_path/'new'/'λ.json', env={'PYTHONIOENCODING': 'cp1252'})
+    assert r.returncode==0 and r.stderr=='', r.stderr[-2000:]
+    assert len(Schedule.load(tmp_path/'new'/'λ.json'))==3 and (tmp_path/'new'/'λ.png').exists() and r'\u03bb.json' in r.stdout
+    assert 'Left out: test (6 images)' in r.stdout and '32 training and 8 validation images' in r.stdout
+    assert 'ScheduleCallback(' in r.stdout and ('of 15 operations' in r.stdout or 'No operation' in r.stdout)
+    table = rows(r.stdout)
+    assert len(table)==3 and table[0].split()[:2]==['epoch','train_loss'] and len({len(l) for l in table})==1
+    assert not re.search(r'\.\d{5}|None', ''.join(table))
+
+def test_on_the_digits_in_a_terminal(tmp_path):
+    status,out = in_terminal('--epochs', 2, cwd=tmp_path)
+    assert status==0, out[-2000:]
+    for row in ('no augmentation','policy fixed at the start value','replayed schedule','797 test images'): assert row in out
+    table = rows(out)
+    assert len(table)==12 and max(map(len, table))<=80 and out.splitlines()[-1].endswith('seconds')
+    assert len(Schedule.load(tmp_path/'schedule.json'))==3
+
+def test_in_a_notebook(tmp_path, pngs):
+    "IN_NOTEBOOK is decided when fastcore is imported, so the shell must be there before"
+    cell = f"from hba_fastai.cli import hba_search\nhba_search({str(pngs)!r}, epochs=2, size=16, bs=8, out={str(tmp_path/'s.json')!r})\n" \
+           "from fastcore.imports import IN_NOTEBOOK\nassert IN_NOTEBOOK"
+    code = f"from IPython.core.interactiveshell import InteractiveShell as S\nS.instance().run_cell({cell!r}).raise_error()"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=ENV)
+    assert r.returncode==0, r.stderr[-2000:]+r.stdout[-2000:]
+    assert len(Schedule.load(tmp_path/'s.json'))==3
+
+def test_help_is_quick():
+    subprocess.run([sys.executable, '-c', "import hba_fastai.cli, sys; assert not {'torch','fastai','matplotlib'} & set(sys.modules)"], check=True)
+    assert search('--help').stderr==''
+
+def interrupted(row, presses, out):
+    "Exit status and last words of a search on the digits, after Ctrl-C when `row` was printed"
+    p = subprocess.Popen([COMMAND, '--epochs', '60', '--out', str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    for line in p.stdout:
+        if re.match(row, line): break
+    for _ in range(presses): p.send_signal(signal.SIGINT)
+    return p.communicate(timeout=60)[1].strip().splitlines(),p.returncode
+
+def test_ctrl_c_pressed_twice_says_where_the_schedule_is(tmp_path):
+    out = tmp_path/'s.json'
+    words,status = interrupted(' +24 ', 2, out)
+    assert status==130 and len(words)==1 and words[0].endswith(f'of the search, is in {out}'), words
+    assert 0.4<Schedule.load(out).progress[-1]<0.9
+
+def test_ctrl_c_before_anything_was_found(tmp_path):
+    words,status = interrupted('Search', 1, tmp_path/'s.json')
+    assert status==130 and len(words)==1 and words[0].startswith('Stopped') and 'none was written' in words[0], words
+    assert not (tmp_path/'s.json').exists()
+
+def test_an_error_in_the_training_keeps_what_was_found(tmp_path, pngs, monkeypatch):
+    def after_epoch(self):
+        keep(self)
+        if self.learn.epoch==2: raise ValueError("The disk is on fire")
+    keep = session.KeepCallback.after_epoch
+    monkeypatch.setattr(session.KeepCallback, 'after_epoch', after_epoch)
+    with pytest.raises(CliError, match='on fire.*50% of the search, is in'): hba_search(str(pngs), epochs=6, size=16, bs=8, out=str(tmp_path/'s.json'))
+    assert len(Schedule.load(tmp_path/'s.json'))==4
+
+def test_a_search_that_went_nowhere_writes_nothing(tmp_path, pngs, monkeypatch):
+    monkeypatch.setattr(HBACallback, 'hyper_step', lambda self: None)
+    with pytest.raises(CliError, match='never left its start'): hba_search(str(pngs), epochs=2, size=16, bs=8, out=str(tmp_path/'s.json'))
+    assert not list(tmp_path.glob('s.*'))
 
 def test_refusals(pngs, tmp_path):
-    (tmp_path/'empty').mkdir(); (tmp_path/'one'/'a').mkdir(parents=True)
-    Image.new('RGB', (8,8)).save(tmp_path/'one'/'a'/'x.png')
-    for args,match in ((['nowhere'],'is no folder'), (['empty'],'holds no images'), (['one'],'one sub-folder per class'), ([pngs,'--epochs',0],'needs 1 or more'), ([pngs,'--arch','resnet17x'],'resnet17x')):
-        r = search(*args, cwd=tmp_path)
-        assert r.returncode==1 and match in r.stderr and 'Traceback' not in r.stderr, (args, r.stderr[-1500:])
+    (tmp_path/'empty').mkdir()
+    write_images(tmp_path/'one', classes='a')
+    write_images(tmp_path/'few', 4)
+    write_images(tmp_path/'kaggle', classes=('train','test'))
+    write_images(tmp_path/'parts'/'test')
+    (tmp_path/'few'/'a'/'cut.png').write_bytes((pngs/'a'/'0.png').read_bytes()[:300])
+    im,out = str(pngs),str(tmp_path/'s.json')
+    for kw,match in ((dict(path='nowhere'), 'is no folder'), (dict(path=f'{tmp_path}/empty'), 'holds no images'), (dict(path=f'{tmp_path}/one'), 'one sub-folder per class'),
+                     (dict(path=f'{tmp_path}/kaggle'), 'no folders of classes'), (dict(path=f'{tmp_path}/parts'), 'no such folder `train`'), (dict(path=f'{tmp_path}/few'), r'cut\.png cannot be read'),
+                     (dict(epochs=0), '1 or more'), (dict(size=0), '--size'), (dict(bs=0), '--bs'), (dict(bs=1), '--bs'), (dict(lr=-1), '--lr'), (dict(seed=-1), '--seed'),
+                     (dict(epochs=1, bs=64), 'no hyper-step'), (dict(out=str(tmp_path)), 'is a folder'), (dict(out='x.png'), 'name of a picture'), (dict(out=f'{im}/a/0.png/s.json'), 'cannot be written'),
+                     (dict(arch='resnet17x'), 'resnet17x'), (dict(arch='ResNet'), 'no classifier'), (dict(arch='vit_b_16'), 'vit_b_16'), (dict(arch='googlenet'), 'googlenet'),
+                     (dict(arch='vit_tiny_patch16_224', size=32), 'does not take'), (dict(strategy='nonsense'), 'nonsense'), (dict(skip='Inverse'), 'Inverse'), (dict(limits='Rotate=0:90'), 'from 0 to 30')):
+        with pytest.raises(CliError, match=match) as e: hba_search(**{**dict(path=im, epochs=2, size=16, bs=8, out=out), **kw})
+        assert len(str(e.value).splitlines())==1, e
+    assert not list(tmp_path.glob('s.*'))
+    r = search('nowhere', cwd=tmp_path)
+    assert r.returncode==1 and 'is no folder' in r.stderr and 'Traceback' not in r.stderr
+
+@pytest.mark.parametrize('name,make', [('empty', lambda f: f.write_bytes(b'')), ('text', lambda f: f.write_text('hello')), ('bits', lambda f: Image.fromarray(np.full((9,9), 40000, np.uint16)).save(f))])
+def test_images_that_cannot_be_used_are_named(tmp_path, name, make):
+    make(tmp_path/f'{name}.png')
+    with pytest.raises(CliError, match=f'1 of 1 images.*{name}.png'): check_images([tmp_path/f'{name}.png'])
+
+def test_images_of_all_kinds_are_used(tmp_path):
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i,mode in enumerate('RGB RGBA L LA P 1 CMYK'.split()): Image.new(mode, (1+9*i,3)).save(tmp_path/c/f"{i}.{'tif' if mode=='CMYK' else 'png'}")
+        Image.new('L', (8,8)).save(tmp_path/c/'moving.gif', save_all=True, append_images=[Image.new('L', (8,8), 200)])
+    train,valid,_ = split_folder(tmp_path, 0)
+    check_images(train+valid)
+    assert len(train+valid)==16 and folder_dls(train, valid, 16, 64, 0).one_batch()[0].shape[1:]==(3,16,16)
+
+def test_links_do_not_put_an_image_on_both_sides(pngs):
+    (pngs/'loop').symlink_to(pngs)
+    (pngs/'z').symlink_to(pngs/'a')
+    train,valid,_ = split_folder(pngs, 0)
+    assert len(train+valid)==len({f.name for f in train+valid})==40
+
+def test_choices_reach_the_callback(monkeypatch, tmp_path):
+    got = {}
+    def fake(**kw): got.update(kw); raise CliError('enough')
+    monkeypatch.setattr(session, 'HBACallback', fake)
+    with pytest.raises(CliError): hba_search(strategy='first_norm', skip='Invert,Solarize', limits='Rotate=0:10,TranslateX=0:0.1', seed=3)
+    assert got==dict(seed=3, strategy='first_norm', skip=['Invert','Solarize'], limits={'Rotate': (0,10), 'TranslateX': (0,0.1)})
+    got.clear()
+    with pytest.raises(CliError): hba_search()
+    assert got==dict(seed=0)
+
+def test_the_control_is_the_start_of_the_search():
+    hba = HBACallback(seed=0)
+    start = hba.lam.double()
+    with session.one_line_per_epoch(learn := session.digits_learner(0)): learn.fit(1, cbs=hba)
+    torch.testing.assert_close(session.at_start(hba.schedule).lam(0.5), start.float())
+
+def learner_of(pngs):
+    train,valid,_ = split_folder(pngs, 0)
+    session.set_seed(0)
+    return folder_learner(folder_dls(train, valid, 16, 8, 0), 'resnet18', 16)
+
+def test_memory_changes_no_bit_of_a_search(pngs, tmp_path, monkeypatch):
+    tables = []
+    for limit in (0,2**30):
+        hba = HBACallback(seed=0)
+        monkeypatch.setattr(session, 'in_memory', partial(in_memory, limit=limit))
+        session.search(learner_of(pngs), hba, 2, 1e-3, tmp_path/'s.json')
+        tables.append(hba.schedule.table)
+    same(*tables)
+
+def test_memory_leaves_ordinary_loaders(pngs, tmp_path):
+    learn,f = learner_of(pngs),pngs/'a'/'0.png'
+    before = learn.predict(f)[2]
+    with in_memory(learn.dls):
+        with learn.no_bar(): learn.fit(1, lr=0.)
+        assert learn.dls.train.num_workers==1 and hasattr(learn.dls.train.dataset, 'held')
+    assert not hasattr(learn.dls.train.dataset, 'held') and learn.dls.test_dl([f]).one_batch()[0].shape==(1,3,16,16)
+    with learn.no_bar(): assert learn.predict(f)[0] in 'ab' and len(learn.tta()[0])==8 and before.shape==(2,)
+    learn.export(tmp_path/'learn.pkl')
+    assert b'hba_fastai' not in (tmp_path/'learn.pkl').read_bytes() and load_learner(tmp_path/'learn.pkl').dls.vocab==['a','b']

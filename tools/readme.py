@@ -4,7 +4,7 @@ from pathlib import Path
 
 def readme(nb) -> str:
     out = []
-    for c in json.loads(Path(nb).read_text())['cells']:
+    for c in json.loads(Path(nb).read_text('utf8'))['cells']:
         s = ''.join(c['source'])
         if c['cell_type']=='code': s = '```python\n' + '\n'.join(l for l in s.split('\n') if not l.startswith('#|')) + '\n```'
         out.append(s)
@@ -12,4 +12,4 @@ def readme(nb) -> str:
 
 if __name__=='__main__':
     root = Path(__file__).resolve().parents[1]
-    (root/'README.md').write_text(readme(root/'nbs'/'index.ipynb'))
+    (root/'README.md').write_text(readme(root/'nbs'/'index.ipynb'), 'utf8')
