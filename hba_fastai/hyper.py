@@ -87,8 +87,9 @@ def detach(self:HyperLayer):
 def _holding(m, **ps):
     "`m` with other tensors as its parameters"
     own = dict(m._parameters)
-    m._parameters.update(ps)
-    try: yield
+    try:
+        m._parameters.update(ps)
+        yield
     finally: m._parameters.update(own)
 
 @patch
@@ -110,8 +111,8 @@ def _scaled(self:HyperLayer, x):
     "Output of a layer that scales and shifts: each sample by its own numbers (Eq. 26)"
     none = isinstance(self.layer, NORM) # can do without; others need ones
     acts = dict(self.layer._modules)
-    self.layer._modules.update(dict.fromkeys(acts, nn.Identity()))
     try:
+        self.layer._modules.update(dict.fromkeys(acts, nn.Identity()))
         with _holding(self.layer, **{k: None if none or k=='bias' else torch.ones_like(u) for k,u in self.U.items()}): out = self.plain(x)
     finally: self.layer._modules.update(acts)
     term = lambda k: self._channels(getattr(self.layer,k), out) + self._scale(k, out)*self._channels(self.U[k], out)
@@ -302,12 +303,9 @@ def go_on(self:HyperLayer, other:HyperLayer) -> bool:
 @patch
 def attach(self:HyperNet):
     "Let all layers respond, or none"
-    done = []
     try:
-        for l in self.layers: l.attach(); done.append(l)
-    except BaseException:
-        for l in done: l.detach()
-        raise
+        for l in self.layers: l.attach()
+    except BaseException: self.detach(); raise
 
 @patch
 def detach(self:HyperNet):
