@@ -15,7 +15,8 @@ from .policy import PBAPolicy
 from .schedule import Schedule,ScheduleError
 from .checkpoint import CheckpointError
 from .data import array_dls,digits_dls
-from .callback import HBACallback,ScheduleCallback
+from .replay import ScheduleCallback
+from .callback import HBACallback
 
 # %% ../nbs/09_all.ipynb #2c4b7975
 _all_ = ['Space','TABLE7','OPS','PBAPolicy','Schedule','ScheduleError','CheckpointError','array_dls','digits_dls','HBACallback','ScheduleCallback']

@@ -2,6 +2,11 @@
 
 Seen without such a GPU: tensors on the meta device, and fake tensors, have a device and a dtype and no data."""
 import pytest, torch
+import torch.nn.functional as F
+from conftest import small_net
+from hba_fastai.callback import HBACallback,LAM_MAX
+from hba_fastai.evidence import signal
+from hba_fastai.hyper import HyperNet,adam,adam_start,hypergradient
 from hba_fastai.policy import PBAPolicy
 from hba_fastai.space import Space
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -53,3 +58,22 @@ def test_a_space_needs_no_float64(space):
 def test_float64_stays_on_the_cpu():
     policy = PBAPolicy().to('cpu')
     assert policy.expected(torch.zeros(54, dtype=torch.float64), 1.).dtype==torch.float64 and policy.gauss.dtype==policy.space.lo.dtype==torch.float64
+
+@pytest.mark.parametrize('kw', [{}, dict(condition='lambda', centred=False)])
+def test_a_hyper_step_needs_no_float64(kw):
+    hba,model = HBACallback(**kw),small_net().to('meta')
+    x,y = torch.rand(4,3,12,12, device='meta'),torch.zeros(4, dtype=torch.long, device='meta')
+    with no_float64():
+        hba.policy = PBAPolicy().to('meta')
+        lam,lowest = hba.lam.to('meta'),hba.lowest.to('meta')
+        z = hba.z(lam).detach()
+        with HyperNet([('1',model[1])], len(z)) as net:
+            net.set(torch.zeros(4, len(z), device='meta'))
+            F.cross_entropy(model(x), y).backward()
+            l,g = hypergradient(net, model, lambda: F.cross_entropy(model(x), y), lam, hba.z, ref=None if hba.centred else torch.zeros_like(z))
+            new,_,ok = adam(lam, g, adam_start(lam), 0.1, hba.joint)
+            net.fold(hba.z(new.clamp(max=LAM_MAX).max(lowest)).detach()-z)
+        assert new.dtype==torch.float32 and {o.device.type for o in (l,g,new,ok)}=={'meta'}
+        with pytest.raises(NotImplementedError, match='meta'): signal(torch.zeros(3,54, device='meta')) # to the CPU first
+        hba.lam,hba.done = lam,0
+        with pytest.raises(NotImplementedError, match='meta'): hba._note(0)
