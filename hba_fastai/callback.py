@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/callback.html.md"""
 __all__ = ['AT', 'GAIN', 'LAM_MAX', 'MAX_SKIPPED', 'default_hlr', 'steps_per_epoch', 'HBACallback', 'warn_of_monitors',
            'warn_of_rates', 'average']
 
-# %% ../nbs/07_callback.ipynb #76703c89
+# %% ../nbs/07_callback.ipynb #b3eef5e8
 import numbers,warnings,weakref
 from contextlib import nullcontext,contextmanager
 import torch
@@ -30,6 +30,7 @@ from .hyper import *
 from .schedule import *
 from .checkpoint import *
 from .evidence import *
+from .stream import inner_dl,plain
 from .target import *
 from .transform import *
 from .optimizer import *
@@ -172,7 +173,7 @@ def columns(self:HBACallback):
         yield
     finally: self.learn.metrics = self.learn.metrics.filter(lambda o: not any(o is c for c in cols))
 
-# %% ../nbs/07_callback.ipynb #f48417df
+# %% ../nbs/07_callback.ipynb #0ee475b0
 @patch
 def attach(self:HBACallback):
     "Put the search in place: policy, target batches, hyper-layers, optimizer"
@@ -191,10 +192,10 @@ def attach(self:HBACallback):
     self.undo.callback(lambda: self.as_trained(False)) # before the layers are detached
     self.hnet = self.undo.enter_context(HyperNet(chosen.layers, len(self.z(self.lam)), self.base_seed, self.hnet, follow=not self.fast))
     self.undo.enter_context(trained_with(self.opt, self.hnet.params, fastest(self.learn) if self.fast else None))
-    check_hypergradient(self.hnet, get_model(self.model), lambda: self.target_loss(self.stream.peek()))
+    check_hypergradient(self.hnet, get_model(self.model), lambda: self.target_loss(plain(self.stream.peek())))
     self.begin(chosen.reason)
 
-# %% ../nbs/07_callback.ipynb #c7d62841
+# %% ../nbs/07_callback.ipynb #b2d4fa21
 @patch
 def begin(self:HBACallback, reason:str):
     "What the search begins with, or goes on from"
@@ -203,7 +204,9 @@ def begin(self:HBACallback, reason:str):
     self.rate,self.searched = default_hlr(n) if self.hlr is None else self.hlr,weakref.ref(get_model(self.model))
     if self.resumed: self._continue()
     self.ref,self.provenance = self.z(self.lam).detach(),self._provenance(reason)
-    if not self.points: self._note(self.learn.epoch)
+    if not self.points:
+        self._note(self.learn.epoch)
+        if self.learn.logger is not noop and not rank_distrib(): print(f"The search responds in {reason}")
     self.attached = True
 
 # %% ../nbs/07_callback.ipynb #1b961969

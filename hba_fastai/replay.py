@@ -7,14 +7,14 @@ Docs: https://hba-fastai.github.io/hba-fastai/replay.html.md"""
 # %% auto #0
 __all__ = ['fine_tuning', 'shared_seed', 'PolicyCallback', 'as_schedule', 'ScheduleCallback']
 
-# %% ../nbs/06e_replay.ipynb #731cd8e3
+# %% ../nbs/06e_replay.ipynb #8a121a87
 import inspect,sys,warnings,weakref
 from contextlib import ExitStack,contextmanager
 import torch
 import torch.distributed as dist
 from fastai.basics import *
 from .schedule import *
-from .target import inner_dl
+from .stream import inner_dl
 from .transform import *
 
 # %% ../nbs/06e_replay.ipynb #ed60638c

@@ -18,6 +18,7 @@ from fastprogress.fastprogress import ConsoleProgressBar
 from .callback import *
 from .data import *
 from .folder import *
+from .replay import *
 from .schedule import *
 from .space import *
 

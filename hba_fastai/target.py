@@ -30,7 +30,7 @@ from fastai.torch_core import TensorCategory
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage,TensorImage
 from .data import ArrayDataset
-from .stream import HyperBatches,beside,has_items,hold_out,inner_dl,labels_of,one_label,own_draws,restrict,stream_of,vocab_of
+from .stream import HyperBatches,beside,has_items,hold_out,inner_dl,labels_of,one_label,own_draws,restricted,stream_of,vocab_of
 
 _all_ = ['HyperBatches','inner_dl']
 
@@ -269,7 +269,7 @@ def _held_out(train, valid, seed, undo):
     y,n = np.unique([] if labels is None else labels[:train.n], return_counts=True)
     single = [vocab[int(i)] if vocab else i for i in y[n==1]]
     if single: warnings.warn(f"The hold-out has no image of {_some(single)}: a single training image cannot be on both sides, so it stays in training")
-    undo.callback(restrict(train, keep))
+    undo.enter_context(restricted(train, keep))
     if not len(train):
         raise ValueError(f"valid={valid} leaves {len(keep)} training items, less than one batch of {train.bs}: hold out fewer or use a smaller `bs`")
     return out

@@ -7,7 +7,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/transform.html.md"""
 # %% auto #0
 __all__ = ['population', 'PolicyTransform', 'peek', 'place_for', 'policy_for', 'policy_in', 'augmentation']
 
-# %% ../nbs/06c_transform.ipynb #a731efbf
+# %% ../nbs/06c_transform.ipynb #4534062b
 import warnings
 from contextlib import contextmanager
 import torch
@@ -19,7 +19,7 @@ from fastai.vision.augment import IntToFloatTensor,RandTransform
 from .space import *
 from .ops import to_levels,from_levels
 from .policy import *
-from .target import inner_dl
+from .stream import inner_dl
 
 # %% ../nbs/06c_transform.ipynb #9092a99f
 def population(lam:Tensor, sigma:float, n:int, generator:torch.Generator, active:Tensor) -> Tensor: # (n,H)
