@@ -72,7 +72,7 @@ def _decoded(dl) -> tuple: # Images (N,C,H,W), uint8; labels (N,)
 
 @contextmanager
 def in_memory(dls:DataLoaders, limit:int=2**30):
-    "While it lasts, the loaders of `dls` take their items out of memory, if these are images with a label that fit into `limit` bytes and are the same in each epoch"
+    "While it lasts, `dls` takes its items out of memory, if they are images with a label, the same in each epoch, and fit into `limit` bytes"
     loaders = [(dl,dl.fake_l.num_workers) for dl in dls.loaders] if _can_hold(dls, limit) else []
     try:
         for dl,_ in loaders: dl.dataset.held = _decoded(dl)

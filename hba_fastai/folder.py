@@ -35,7 +35,7 @@ def part_of(path:Path, f:Path) -> str:
     top,*rest = f.relative_to(path).parts
     return top if top in PARTS and len(rest)>1 else ''
 
-# %% ../nbs/07b_folder.ipynb #4e55bf2a
+# %% ../nbs/07b_folder.ipynb #010630d1
 def hold_out(files:list, seed:int, share:float=0.2) -> set:
     "A `share` of the files of each class, at random"
     rng = random.Random(seed)
@@ -49,7 +49,8 @@ def split_folder(path, seed:int) -> tuple: # Training files, validation files, {
     if not files: raise CliError(f"{path} holds no images: give a folder with one sub-folder of images per class")
     parts = groupby(files, partial(part_of, path))
     if 'train' not in parts and (odd := first(p for p in PARTS if p in parts)):
-        raise CliError(f"{path} has a folder `{odd}` with classes in it and no such folder `train`: put the training images into {path/'train'}, one sub-folder per class")
+        raise CliError(f"{path} has a folder `{odd}` with classes in it and no such folder `train`: "
+                       f"put the training images into {path/'train'}, one sub-folder per class")
     used = parts.get('train') or [f for f in files if f.parent!=path]
     valid = parts.get('valid') or parts.get('val') or [] if 'train' in parts else []
     top = lambda f: f.relative_to(path).parts[0] if f.parent not in (path,path/'train') else 'outside of the folders of classes'
@@ -59,15 +60,18 @@ def split_folder(path, seed:int) -> tuple: # Training files, validation files, {
     if not held: raise CliError(f"No class under {path} has 3 images or more, of which 20% could be held out for validation: give more images")
     return [f for f in used if f not in held],sorted(held),dict(out)
 
-# %% ../nbs/07b_folder.ipynb #0349ca07
+# %% ../nbs/07b_folder.ipynb #4775ac64
 def check_classes(path, files:list, train:list, valid:list):
     "Raise unless there are two classes or more and validation has no others"
     classes = set(map(parent_label, train))
     if len(classes)<2:
         name = Path(first(train or files)).parent.name
-        raise CliError(f"All {len(train or files)} images under {path} are in one folder, `{name}`, and a class needs a folder: give one sub-folder per class")
-    if classes<=set(PARTS): raise CliError(f"The folders {', '.join(sorted(classes))} in {path} hold images and no folders of classes: give one sub-folder per class in each")
-    if odd := set(map(parent_label, valid))-classes: raise CliError(f"The validation images under {path} have a class `{min(odd)}` that the training images lack: give it training images, or remove it")
+        raise CliError(f"All {len(train or files)} images under {path} are in one folder, `{name}`, and a class needs a folder: "
+                       "give one sub-folder per class")
+    if classes<=set(PARTS):
+        raise CliError(f"The folders {', '.join(sorted(classes))} in {path} hold images and no folders of classes: give one sub-folder per class in each")
+    if odd := set(map(parent_label, valid))-classes:
+        raise CliError(f"The validation images under {path} have a class `{min(odd)}` that the training images lack: give it training images, or remove it")
 
 # %% ../nbs/07b_folder.ipynb #d238d75a
 def fault(f) -> str|None:
@@ -96,12 +100,13 @@ def folder_dls(train:list, valid:list, size:int, bs:int, seed:int) -> DataLoader
     random.seed(seed)
     return block.dataloaders(train+valid, bs=min(bs, len(train)), num_workers=min(4, defaults.cpus, (len(train)+len(valid))//2000))
 
-# %% ../nbs/07b_folder.ipynb #60ce4eaa
+# %% ../nbs/07b_folder.ipynb #b39a799b
 def find_arch(name:str):
     "A classifier of torchvision by name, or the name of one of timm's"
     if name in torchvision.models.list_models(module=torchvision.models): return torchvision.models.get_model_builder(name)
     try: import timm
-    except ImportError: raise CliError(f"--arch {name} is no classifier of torchvision, and timm is not installed: name one such as resnet18, or `pip install timm`") from None
+    except ImportError:
+        raise CliError(f"--arch {name} is no classifier of torchvision, and timm is not installed: name one such as resnet18, or `pip install timm`") from None
     if not timm.is_model(name): raise CliError(f"--arch {name} is no classifier of torchvision or timm: name one of theirs, such as resnet18")
     return name
 
@@ -111,8 +116,10 @@ def folder_learner(dls, arch:str, size:int):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: learn = vision_learner(dls, make, pretrained=False, metrics=error_rate)
-        except Exception as e: raise CliError(f"--arch {arch} cannot be cut into a body and a head by vision_learner ({why(e)}): choose another model, such as resnet18") from None
+        except Exception as e:
+            raise CliError(f"--arch {arch} cannot be cut into a body and a head by vision_learner ({why(e)}): choose another, such as resnet18") from None
         try:
             with torch.no_grad(): learn.model.eval()(torch.zeros(2, 3, size, size, device=next(learn.model.parameters()).device))
-        except Exception as e: raise CliError(f"--arch {arch} does not take images of {size} pixels ({why(e)}): choose another --size, or another model, such as resnet18") from None
+        except Exception as e:
+            raise CliError(f"--arch {arch} does not take images of {size} pixels ({why(e)}): choose another --size or --arch") from None
     return learn

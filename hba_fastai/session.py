@@ -22,7 +22,7 @@ from .replay import *
 from .schedule import *
 from .space import *
 
-# %% ../nbs/07c_session.ipynb #815c24a0
+# %% ../nbs/07c_session.ipynb #ae5a681b
 def check_numbers(epochs:int, size:int, bs:int, lr:float, seed:int):
     "Raise on a number that no search can use"
     for name,v,least in (('epochs',epochs,1), ('size',size,1), ('bs',bs,2), ('seed',seed,0)):
@@ -33,7 +33,8 @@ def check_numbers(epochs:int, size:int, bs:int, lr:float, seed:int):
 def check_out(out) -> tuple: # File for the schedule, file for its picture
     "Raise unless a schedule can be written to `out`, with a picture beside it"
     f = Path(out)
-    if f.suffix.lower()=='.png': raise CliError(f"--out {out} is the name of a picture, and the schedule is JSON: name it {f.with_suffix('.json')}, and the picture goes beside it")
+    if f.suffix.lower()=='.png':
+        raise CliError(f"--out {out} is the name of a picture, and the schedule is JSON: name it {f.with_suffix('.json')}, and the picture goes beside it")
     picture = f.with_suffix('.png') if f.suffix=='.json' else Path(f'{f}.png')
     try:
         if f.is_dir() or str(out).endswith('/'): raise CliError(f"--out {out} is a folder: name a file in it, such as {f/'schedule.json'}")
@@ -41,26 +42,27 @@ def check_out(out) -> tuple: # File for the schedule, file for its picture
             if o.exists() and not o.is_file(): raise CliError(f"{o} is there and is no file that can be replaced: give --out another name")
         f.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=f.parent): pass
-    except BrokenPipeError: raise # of stdout
     except OSError as e: raise CliError(f"--out {out} cannot be written ({e.strerror}): name a file in a folder where you may write") from None
     return f.resolve(),picture.resolve()
 
-# %% ../nbs/07c_session.ipynb #270efb62
+# %% ../nbs/07c_session.ipynb #ed5e346f
 def chosen(strategy=None, skip=None, limits=None) -> dict:
     "What of the callback's arguments was given: `skip` as `Invert,Solarize`, `limits` as `Rotate=0:10,TranslateX=0:0.1`"
     kw = {'strategy': strategy} if strategy else {}
     if skip:
         kw['skip'] = skip.replace(' ','').split(',')
-        if odd := first(o for o in kw['skip'] if o not in TABLE7): raise CliError(f"--skip names {odd!r}, which is no operation: use those of {', '.join(TABLE7)}")
+        if odd := first(o for o in kw['skip'] if o not in TABLE7):
+            raise CliError(f"--skip names {odd!r}, which is no operation: use those of {', '.join(TABLE7)}")
         if set(kw['skip'])==set(TABLE7): raise CliError(f"--skip names all {len(TABLE7)} operations, and a search needs one: leave one out")
     if limits:
         try: kw['limits'] = {o: tuple(map(float, r.split(':'))) for o,r in (p.split('=') for p in limits.replace(' ','').split(','))}
-        except ValueError: raise CliError(f"--limits {limits!r} is not like Rotate=0:10,TranslateX=0:0.1: give operations with their lowest and highest magnitude") from None
+        except ValueError:
+            raise CliError(f"--limits {limits!r} is not like Rotate=0:10,TranslateX=0:0.1: give operations with their lowest and highest magnitude") from None
         try: Space(limits=kw['limits'])
         except ValueError as e: raise CliError(f"--limits {limits!r}: {e}") from None
     return kw
 
-# %% ../nbs/07c_session.ipynb #58c6e297
+# %% ../nbs/07c_session.ipynb #65a82e6b
 def n_hyper_steps(hba, n_batches:int) -> int:
     "Number of hyper-steps in a training of `n_batches`"
     return hba.T_val*sum(i>=hba.warmup*n_batches for i in range(hba.T_train, n_batches+1, hba.T_train))
@@ -70,7 +72,7 @@ def say_plan(learn, hba, epochs:int, out:Path):
     n,sets = len(learn.dls.train),[len(dl.dataset) for dl in learn.dls.loaders]
     steps = n_hyper_steps(hba, epochs*n)
     if not steps:
-        raise CliError(f"{epochs} epochs of {n} batches make no hyper-step, and a search is made of them: give more --epochs, more images or a smaller --bs")
+        raise CliError(f"--epochs {epochs} with {n} batches each gives no hyper-step, of which a search is made: give more --epochs or a smaller --bs")
     print(f"Search: {epochs} epoch{'s'[:epochs>1]} of {n} batches, {sets[0]} training and {sets[1]} validation images\n"
           f"        {steps} hyper-steps, one every {hba.T_train} batches after {hba.warmup:.0%} of the training\n"
           f"{'Replaces' if out.exists() else 'Writes'} {out}", flush=True)
@@ -134,10 +136,10 @@ def kept(hba, out):
     except Exception: keep(hba, out); raise
     else: keep(hba, out)
 
-# %% ../nbs/07c_session.ipynb #fbb435bb
+# %% ../nbs/07c_session.ipynb #a0d145fd
 def search(learn, hba, epochs:int, lr:float, out:Path):
-    "Search with `learn`; the schedule is in `out` at all times"
-    with one_line_per_epoch(learn), in_memory(learn.dls), kept(hba, out): learn.fit_one_cycle(epochs, lr, cbs=[hba, KeepCallback(hba, out)])
+    "Search with `learn`; the schedule of the last epoch is in `out`"
+    with one_line_per_epoch(learn), in_memory(learn.dls): learn.fit_one_cycle(epochs, lr, cbs=[hba, KeepCallback(hba, out)])
 
 def say_found(hba, out, picture):
     "Draw the schedule, and say what was found and where it is"
@@ -178,19 +180,18 @@ def at_start(schedule) -> Schedule:
     "The policy with which the search of `schedule` began, for a whole training"
     return Schedule([0.], schedule.table[:1], schedule.sigma, schedule.provenance)
 
-# %% ../nbs/07c_session.ipynb #91d1601e
+# %% ../nbs/07c_session.ipynb #078258fa
 DIGITS_LR = 1e-2
 
-def compare_on_digits(hba, epochs, seed, out) -> tuple: # ({training: test error in percent}, number of test images)
+def compare_on_digits(hba, epochs, seed) -> tuple: # ({training: test error in percent}, number of test images)
     "Train anew without augmentation, with the start of the search, and with its schedule"
     arms = {'no augmentation': None, 'policy fixed at the start value': at_start(hba.schedule), 'replayed schedule': hba.schedule}
     errors = {}
     for title,schedule in arms.items():
         print(f'\nTraining: {title}', flush=True)
         learn = digits_learner(seed)
-        with one_line_per_epoch(learn), kept(hba, out):
-            learn.fit_one_cycle(epochs, DIGITS_LR, cbs=schedule and ScheduleCallback(schedule, seed=seed))
-            errors[title] = error_on_test(learn)
+        with one_line_per_epoch(learn): learn.fit_one_cycle(epochs, DIGITS_LR, cbs=schedule and ScheduleCallback(schedule, seed=seed))
+        errors[title] = error_on_test(learn)
     return errors,len(learn.dls[2].dataset)
 
 def search_digits(hba, epochs, out, picture, seed):
@@ -199,18 +200,19 @@ def search_digits(hba, epochs, out, picture, seed):
     say_plan(learn, hba, epochs, out)
     print("Then 3 trainings of the same length compare what was found")
     search(learn, hba, epochs, DIGITS_LR, out)
-    errors,n = compare_on_digits(hba, epochs, seed+1, out)
+    errors,n = compare_on_digits(hba, epochs, seed+1)
     print(f'\nError on {n} test images that neither lambda nor weights saw (one seed; one image is {100/n:.2f}%):')
     for k,e in errors.items(): print(f'  {k:32} {e:5.2f}%')
     say_found(hba, out, picture)
 
-# %% ../nbs/07c_session.ipynb #b46a3dfb
+# %% ../nbs/07c_session.ipynb #5844c11c
 def run(path, arch, epochs, out, size, bs, lr, seed, strategy, skip, limits):
     "What `hba_search` does"
     t = time.time()
     check_numbers(epochs, size, bs, lr, seed)
     hba = HBACallback(seed=seed, **chosen(strategy, skip, limits))
     out,picture = check_out(out)
-    if path is None: search_digits(hba, epochs, out, picture, seed)
-    else: search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed)
+    with kept(hba, out):
+        if path is None: search_digits(hba, epochs, out, picture, seed)
+        else: search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed)
     print(f"{time.time()-t:.0f} seconds")

@@ -14,7 +14,6 @@ from hba_fastai.cli import hba_search
 from hba_fastai.data import digits,in_memory
 from hba_fastai.folder import check_images,folder_dls,folder_learner,split_folder
 from hba_fastai.schedule import Schedule
-from hba_fastai.space import TABLE7
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 COMMAND = str(Path(sys.executable).with_name('hba_search'))
@@ -85,9 +84,9 @@ def test_help_is_quick():
     subprocess.run([sys.executable, '-c', "import hba_fastai.cli, sys; assert not {'torch','fastai','matplotlib'} & set(sys.modules)"], check=True)
     assert search('--help').stderr==''
 
-def interrupted(row, presses, out):
+def interrupted(row, presses, out, epochs='60'):
     "Exit status and last words of a search on the digits, after Ctrl-C when `row` was printed"
-    p = subprocess.Popen([COMMAND, '--epochs', '60', '--out', str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    p = subprocess.Popen([COMMAND, '--epochs', epochs, '--out', str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
     for line in p.stdout:
         if re.match(row, line): break
     for _ in range(presses): p.send_signal(signal.SIGINT)
@@ -99,9 +98,14 @@ def test_ctrl_c_pressed_twice_says_where_the_schedule_is(tmp_path):
     assert status==130 and len(words)==1 and words[0].endswith(f'of the search, is in {out}'), words
     assert 0.4<Schedule.load(out).progress[-1]<0.9
 
+def test_ctrl_c_in_the_comparison_keeps_the_whole_schedule(tmp_path):
+    out = tmp_path/'s.json'
+    words,status = interrupted('Training: no augm', 1, out, epochs='3')
+    assert status==130 and words==[f'Stopped: the schedule until then, 100% of the search, is in {out}'] and Schedule.load(out).progress[-1]==1
+
 def test_ctrl_c_before_anything_was_found(tmp_path):
     words,status = interrupted('Search', 1, tmp_path/'s.json')
-    assert status==130 and len(words)==1 and words[0].startswith('Stopped') and 'none was written' in words[0], words
+    assert status==130 and len(words)==1 and words[0].startswith('Stopped') and words[0].endswith('written'), words
     assert not (tmp_path/'s.json').exists()
 
 def test_an_error_in_the_training_keeps_what_was_found(tmp_path, pngs, monkeypatch):
@@ -126,19 +130,28 @@ def test_refusals(pngs, tmp_path):
     write_images(tmp_path/'parts'/'test')
     (tmp_path/'few'/'a'/'cut.png').write_bytes((pngs/'a'/'0.png').read_bytes()[:300])
     im,out = str(pngs),str(tmp_path/'s.json')
-    for kw,match in ((dict(path='nowhere'), 'is no folder'), (dict(path=f'{tmp_path}/empty'), 'holds no images'), (dict(path=f'{tmp_path}/one'), 'one sub-folder per class'),
-                     (dict(path=f'{tmp_path}/kaggle'), 'no folders of classes'), (dict(path=f'{tmp_path}/parts'), 'no such folder `train`'), (dict(path=f'{tmp_path}/few'), r'cut\.png cannot be read'),
-                     (dict(epochs=0), '1 or more'), (dict(size=0), '--size'), (dict(bs=0), '--bs'), (dict(bs=1), '--bs'), (dict(lr=-1), '--lr'), (dict(seed=-1), '--seed'),
-                     (dict(epochs=1, bs=64), 'no hyper-step'), (dict(out=str(tmp_path)), 'is a folder'), (dict(out='x.png'), 'name of a picture'), (dict(out=f'{im}/a/0.png/s.json'), 'cannot be written'),
-                     (dict(arch='resnet17x'), 'resnet17x'), (dict(arch='ResNet'), 'no classifier'), (dict(arch='vit_b_16'), 'vit_b_16'), (dict(arch='googlenet'), 'googlenet'),
-                     (dict(arch='vit_tiny_patch16_224', size=32), 'does not take'), (dict(strategy='nonsense'), 'nonsense'), (dict(skip='Inverse'), 'Inverse'), (dict(limits='Rotate=0:90'), 'from 0 to 30')):
+    for kw,match in ((dict(path='nowhere'), 'is no folder'),
+                     (dict(path=f'{tmp_path}/empty'), 'holds no images'),
+                     (dict(path=f'{tmp_path}/one'), 'one sub-folder per class'),
+                     (dict(path=f'{tmp_path}/kaggle'), 'no folders of classes'),
+                     (dict(path=f'{tmp_path}/parts'), 'no such folder `train`'),
+                     (dict(path=f'{tmp_path}/few'), r'cut\.png cannot be read'),
+                     (dict(epochs=0), '1 or more'), (dict(size=0), '--size'), (dict(bs=0), '--bs'), (dict(bs=1), '--bs'),
+                     (dict(lr=-1), '--lr'), (dict(seed=-1), '--seed'),
+                     (dict(epochs=1, bs=64), 'no hyper-step'),
+                     (dict(out=str(tmp_path)), 'is a folder'), (dict(out='x.png'), 'name of a picture'),
+                     (dict(out=f'{im}/a/0.png/s.json'), 'cannot be written'),
+                     (dict(arch='resnet17x'), 'resnet17x'), (dict(arch='ResNet'), 'no classifier'),
+                     (dict(arch='vit_tiny_patch16_224', size=32), 'does not take'),
+                     (dict(strategy='nonsense'), 'nonsense'), (dict(skip='Inverse'), 'Inverse'), (dict(limits='Rotate=0:90'), 'from 0 to 30')):
         with pytest.raises(CliError, match=match) as e: hba_search(**{**dict(path=im, epochs=2, size=16, bs=8, out=out), **kw})
         assert len(str(e.value).splitlines())==1, e
     assert not list(tmp_path.glob('s.*'))
     r = search('nowhere', cwd=tmp_path)
     assert r.returncode==1 and 'is no folder' in r.stderr and 'Traceback' not in r.stderr
 
-@pytest.mark.parametrize('name,make', [('empty', lambda f: f.write_bytes(b'')), ('text', lambda f: f.write_text('hello')), ('bits', lambda f: Image.fromarray(np.full((9,9), 40000, np.uint16)).save(f))])
+@pytest.mark.parametrize('name,make', [('empty', lambda f: f.write_bytes(b'')), ('text', lambda f: f.write_text('hello')),
+                                       ('bits', lambda f: Image.fromarray(np.full((9,9), 40000, np.uint16)).save(f))])
 def test_images_that_cannot_be_used_are_named(tmp_path, name, make):
     make(tmp_path/f'{name}.png')
     with pytest.raises(CliError, match=f'1 of 1 images.*{name}.png'): check_images([tmp_path/f'{name}.png'])
