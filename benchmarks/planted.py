@@ -22,7 +22,7 @@ from unittest import mock
 from common import *
 import hba_fastai.callback as hba_callback
 from hba_fastai.callback import SIGNAL,HBACallback
-from hba_fastai.cli import digits_net
+from hba_fastai.session import digits_net
 from hba_fastai.data import digits
 from hba_fastai.ops import OPS,OP_NAMES
 from hba_fastai.policy import PBAPolicy

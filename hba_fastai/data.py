@@ -47,8 +47,9 @@ def array_dls(
 
 # %% ../nbs/05_data.ipynb #029451c0
 class HeldDL(TfmdDL):
-    "A `TfmdDL` that takes its batches out of `self.dataset.held`, its decoded items, whole"
+    "A `TfmdDL` that takes its batches out of `self.dataset.held`, its decoded items, whole, if the data set has them"
     def create_batches(self, samps):
+        if 'held' not in vars(self.dataset): return super().create_batches(samps)
         x,y = self.dataset.held
         return ((TensorImage(x[b]),TensorCategory(y[b])) for b in map(list, self.chunkify(samps)))
 

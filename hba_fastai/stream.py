@@ -61,6 +61,7 @@ def beside(dl, num_workers=None, **attrs): # A copy of the fastai `dl` with `att
 
 def valid_side(ds):
     "The items of a data set of fastai, with the transforms of validation"
+    if getattr(ds, 'split_idx', None)==1: return ds
     if isinstance(ds, TfmdLists): return ds._new(ds.items, split_idx=1)
     return type(ds)(tls=L(valid_side(tl) for tl in ds.tls), n_inp=ds.n_inp) if isinstance(ds, Datasets) else ds
 

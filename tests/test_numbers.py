@@ -91,15 +91,15 @@ def test_held_out_items_are_not_trained_on_and_stratified(share):
     kept = set(hba.ids)
     assert len(kept)+round(200*share)==pytest.approx(200, abs=5) and not kept & seen['hyper'] and seen['hyper'] <= set(range(200))-kept
     out = sorted(set(range(200))-kept)
-    for c in range(10): assert sum(y[i]==c for i in out)==round(share*sum(y[:200]==c).item())
+    for c in range(10): assert abs(sum(y[i]==c for i in out)-share*sum(y[:200]==c)) < 1
     assert sorted(dls.train.get_idxs())==list(range(200)) and len(dls.train)==20 and 'get_idxs' not in vars(dls.train)
     assert hba.schedule.provenance['valid_items']==len(out) and hba.schedule.provenance['train_items']==len(kept)
 
 def test_hold_outs_that_do_not_fit():
     for v in (0,1,1.5,-0.1):
-        with pytest.raises(ValueError, match='share of the training set'): HBACallback(valid=v)
+        with pytest.raises(ValueError, match='a share between 0 and 1|is a share of the training set'): HBACallback(valid=v)
     learn = small_learner(n_train=20)
-    with pytest.raises(ValueError, match='choose a share that leaves items on both sides'): learn.fit(1, cbs=HBACallback(valid=0.001))
+    with pytest.warns(UserWarning, match='a single training image'),pytest.raises(ValueError, match='valid=15 .* leaves 5 training items, less than one batch of 20|cannot leave items of all'): learn.fit(1, cbs=HBACallback(valid=15))
     learn.fit(1)
     class Own(type(learn.dls.train)):
         def get_idxs(self): return list(range(self.n))

@@ -3,7 +3,7 @@ import torch
 from fastai.callback.core import Callback,CancelValidException
 from fastai.learner import Learner
 from hba_fastai.callback import HBACallback
-from hba_fastai.cli import digits_net
+from hba_fastai.session import digits_net
 from hba_fastai.data import digits_dls
 from hba_fastai.policy import PBAPolicy
 from hba_fastai.space import Space

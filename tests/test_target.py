@@ -11,7 +11,7 @@ from fastai.vision.all import ImageBlock,ImageDataLoaders,MaskBlock,PILImage,Res
 from PIL import Image
 from torch.utils import data as torch_data
 from conftest import small_learner,small_net
-from hba_fastai.data import array_dls,digits,digits_dls,in_memory
+from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.stream import Order,hold_out,labels_of
 from hba_fastai.target import HyperBatches,check_valid,inner_dl,target_batches
 
@@ -79,7 +79,7 @@ def test_numbers_of_items(root):
     for valid,want in ((None,36), (0.25,round(0.25*n)), (30,30), (root/'target',60), ([str(f) for f in get_image_files(root/'target')],60)): assert take(valid, dls)[0].n==want
 
 @pytest.mark.filterwarnings('ignore:.*training images too')
-@pytest.mark.parametrize('make', ['from_folder','parent_label','from_name_func','from_name_re','from_df','from_lists','array','in_memory'])
+@pytest.mark.parametrize('make', ['from_folder','parent_label','from_name_func','from_name_re','from_df','from_lists','array'])
 def test_files_and_folder_for_learners_made_in_any_way(root, make):
     set_seed(0)
     files,kw = get_image_files(root/'train'),dict(bs=20, num_workers=0, item_tfms=Resize(12), batch_tfms=NORM, valid_pct=0.3, seed=1)
@@ -90,8 +90,7 @@ def test_files_and_folder_for_learners_made_in_any_way(root, make):
            'from_name_re': lambda: ImageDataLoaders.from_name_re(root, get_image_files(root/'named'), r'^(\d)_', **kw),
            'from_df': lambda: ImageDataLoaders.from_df(pd.DataFrame(dict(name=[str(f.relative_to(root)) for f in files], label=[int(f.parent.name) for f in files])), root, **kw),
            'from_lists': lambda: ImageDataLoaders.from_lists(root, files, [f.parent.name for f in files], **kw),
-           'array': lambda: array_dls((x[:200],y[:200]), (x[200:260],y[200:260]), vocab=range(10), bs=20, batch_tfms=NORM),
-           'in_memory': lambda: in_memory(folder(root))}[make]()
+           'array': lambda: array_dls((x[:200],y[:200]), (x[200:260],y[200:260]), vocab=range(10), bs=20, batch_tfms=NORM)}[make]()
     for valid in (root/'target', get_image_files(root/'target')):
         stream,batches = take(valid, dls)
         assert stream.n==60 and all(torch.equal(true_labels(x), y) for x,y in batches)
@@ -297,7 +296,6 @@ def wrong(root, dls):
             'gives labels of int32 () and training has int64 ()': [loader(norm, y.int())],
             'gives labels of float (10,) and training has int64 ()': [loader(norm, torch.nn.functional.one_hot(y).float())],
             'has labels from 1 to 10 and the Learner 10 classes, 0 to 9: number the classes as `dls` does': [loader(norm, y+1)],
-            'An ArrayDL gives images without labels: use `dls.test_dl(files, with_labels=True)`, or give `valid` the list of files itself': [in_memory(dls).test_dl(files)],
             'cannot give its first batch (RuntimeError: stack expects each tensor to be equal size': [torch_data.DataLoader([(norm[0],y[0]),(norm[0,:,:4],y[0])], batch_size=2)],
             'need items and a DataLoader has none': [loader(norm[:0], y[:0])],
             'cannot give its first batch (ValueError: it gives none': [torch_data.DataLoader(torch_data.TensorDataset(norm, y), batch_size=100, drop_last=True, sampler=torch_data.WeightedRandomSampler(torch.ones(60), 60))]}

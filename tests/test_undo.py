@@ -35,7 +35,7 @@ def assert_plain(learn, before):
 
 class Interrupt(Callback):
     "Raises `what` at the k-th line of the package that runs from its own `before_fit` (or `before_train`) on, up to the first batch"
-    def __init__(self, k, first='before_fit', what=KeyboardInterrupt('test')): self.k,self.first,self.what,self.n = k,first,what,0
+    def __init__(self, k, first='before_fit', what=KeyboardInterrupt('test')): self.k,self.first,self.what,self.n,self.at = k,first,what,0,None
     order = 14 # just before the search
     def trace(self, frame, event, arg):
         if not frame.f_code.co_filename.startswith(OURS): return None
@@ -70,7 +70,8 @@ def test_interrupted_at_any_line_while_it_is_put_in_place(kind, kept):
         if kept:
             learn.validate() # what is left, if before the first epoch, goes at the next opportunity
             learn.remove_cb(cb)
-        assert_plain(learn, before)
+        try: assert_plain(learn, before)
+        except AssertionError as e: raise AssertionError(f'interrupted at {stop.at}: {e}') from None
         if stop.n<k: break
         lines.add(stop.at)
     assert len(lines)>(60 if kind=='replay' else 200), 'the interruption reached few lines'
