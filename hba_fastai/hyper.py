@@ -72,7 +72,7 @@ def attach(self:HyperLayer):
     old = vars(self.layer).get('forward')
     if isinstance(getattr(old, '__self__', None), HyperLayer):
         raise ValueError(f"The layer `{self.name}` responds to a search already, and it can serve one at a time: fit with one HBACallback")
-    self.old,self.plain = old,self.layer.forward
+    self.old,self.plain,self.own = old,self.layer.forward,(dict(self.layer._parameters),dict(self.layer._modules))
     self.layer.forward = self.forward
 
 @patch
@@ -81,6 +81,7 @@ def detach(self:HyperLayer):
     if getattr(vars(self.layer).get('forward'), '__self__', None) is not self: return
     if self.old is None: del self.layer.forward
     else: self.layer.forward = self.old
+    for now,own in zip((self.layer._parameters,self.layer._modules), self.own): now.update(own) # if a forward pass was interrupted while it had others
 
 # %% ../nbs/03_hyper.ipynb #5f0434ae
 @contextmanager

@@ -74,7 +74,7 @@ class PolicyCallback(Callback):
         "The fit ended well, or was cancelled: the course goes on behind it"
         self.close(ended=True)
 
-# %% ../nbs/06e_replay.ipynb #ef6116ae
+# %% ../nbs/06e_replay.ipynb #5fdd4abf
 @patch
 @contextmanager
 def guarded(self:PolicyCallback):
@@ -96,11 +96,12 @@ def guarded(self:PolicyCallback):
 @patch
 def close(self:PolicyCallback, ended:bool=False):
     "Put back all that was swapped; safe to call again"
-    undo,tfm,self.undo,self.tfm = self.undo,self.tfm,None,None
-    if undo is None: return
+    if self.undo is None: return
+    tfm,self.tfm = self.tfm,None
     if not ended: self.total = None
     elif tfm is not None: self.done += self.learn.n_epoch
-    undo.close()
+    self.undo.close()
+    self.undo = None # last: what an interruption of `close` itself leaves, the next call undoes
 
 @patch
 def __setattr__(self:PolicyCallback, k, v):
