@@ -1,10 +1,11 @@
-"""Does the search survive discriminative learning rates? `fine_tune` and `slice` train the first layers, and with them the response φ, at a hundredth of the head's rate.
+"""Does the search survive discriminative learning rates? `fine_tune` and `slice` train the first layers and the response φ at a hundredth of the head's.
 
     python benchmarks/rates.py --tasks digits photos --seeds 0 1 2     # runs what is missing, then writes the table
     python benchmarks/rates.py --table                                 # writes results/rates.md
 
-A body of four convolutions is trained beforehand on six classes of the CIFAR-10 JPEG images at 16 pixels, then gets a new head for the digits or for the four other classes. The target
-images of the hyper-steps and the shifted test images are changed by one planted operation (`planted.py`); the source images stay as they are. Groups: layers 1-2 | layers 3-4 | head.
+A body of four convolutions is trained beforehand on six classes of the CIFAR-10 JPEG images at 16 pixels, then gets a new head for the digits or for the four
+other classes. The target images of the hyper-steps and the shifted test images are changed by one planted operation (`planted.py`); the source images stay as
+they are. Groups: layers 1-2 | layers 3-4 | head.
 
 Each run appends one line to results/rates/TASK.jsonl:
     flow, remedy, shift, seed    what was run; remedies are those of `REMEDIES`, flows those of `FLOWS`
@@ -14,6 +15,7 @@ Each run appends one line to results/rates/TASK.jsonl:
 """
 import argparse,gc,time
 from functools import lru_cache
+from itertools import product
 import torch
 from torch import nn
 from fastai.callback.progress import ProgressCallback
@@ -85,8 +87,8 @@ FLOWS = { # what it is, (Learner, epochs, rate, callbacks) -> fit
   'slice': ('`fit_one_cycle(n, slice(lr/100, lr))`', lambda learn,n,lr,cbs: learn.fit_one_cycle(n, slice(lr/100, lr), cbs=cbs)),
   'fine_tune': ('`fine_tune(n-1, lr)`', lambda learn,n,lr,cbs: learn.fine_tune(n-1, lr, cbs=cbs)),
   'lr_mult1': ('(e) `fine_tune(n-1, lr, lr_mult=1)`', lambda learn,n,lr,cbs: learn.fine_tune(n-1, lr, lr_mult=1, cbs=cbs))}
-REMEDIES = {'nothing': 'no search', 'a': '(a) as it is', 'b': '(b) φ at the highest rate', 'c': '(c) φ and the layers up to the responding one at the highest rate',
-            'd': '(d) φ and the whole first group at the highest rate'}
+REMEDIES = {'nothing': 'no search', 'a': '(a) as it is', 'b': '(b) φ at the highest rate',
+            'c': '(c) φ and the layers up to the responding one at the highest rate', 'd': '(d) φ and the whole first group at the highest rate'}
 ARMS = [(f,r) for f in FLOWS for r in REMEDIES if f in ('slice','fine_tune') or r in ('nothing','a')] # with one rate the remedies change nothing
 
 def at_highest(opt, ps):
@@ -160,41 +162,47 @@ def read(task):
     f = OUT/f'{task}.jsonl'
     return [json.loads(l) for l in f.read_text().splitlines()] if f.exists() else []
 
-ABOUT = {'digits': 'digits, 1,000 source and 200 target images, 25 epochs of 20 steps', 'photos': 'four classes of CIFAR-10 JPEG, 1,500 source and 200 target images, 17 epochs of 30 steps'}
+ABOUT = {'digits': 'digits, 1,000 source and 200 target images, 25 epochs of 20 steps',
+         'photos': 'four classes of CIFAR-10 JPEG, 1,500 source and 200 target images, 17 epochs of 30 steps'}
+HEAD = ['training','remedy',*[f'{s}: {k}' for s in SHIFTS[:-1] for k in ('place','signal','error %')],
+        'mean of the three','without the shift','no shift at all','hyper-steps','CPU s']
+
+def row(rs, flow, remedy):
+    "Cells of one flow and remedy"
+    def of(*shifts): return [r for r in rs if (r['flow'],r['remedy'])==(flow,remedy) and r['shift'] in shifts]
+    def each(key, shift): return ', '.join(f'{r[key]:g}' for r in of(shift) if key in r)
+    def mean(key, *shifts): return f'{np.mean([r[key] for r in of(*shifts)]):.1f}' if of(*shifts) else ''
+    planted = [o for s in SHIFTS[:-1] for o in (each('place', s), each('signal', s), pm([r['shifted_error'] for r in of(s)]))]
+    errors = [mean('shifted_error', *SHIFTS[:-1]),mean('source_error', *SHIFTS[:-1]),pm([r['shifted_error'] for r in of('none')])]
+    return [FLOWS[flow][0],REMEDIES[remedy],*planted,*errors,mean('hyper_steps', *SHIFTS[:-1]) if remedy!='nothing' else '0',mean('cpu_seconds', *SHIFTS)]
 
 def table():
-    "All results as Markdown: one row per flow and remedy; seeds one after the other, errors their mean ± standard error"
-    out = []
+    "All results as Markdown, one row per flow and remedy"
+    out = ['Place and signal of the planted operation seed by seed; errors as mean ± standard error (seeds). "Without the shift" is the error on unshifted '
+           'test images of the searches for the three shifts, "no shift at all" that where the target images are unshifted too.', '']
     for task,about in ABOUT.items():
         rs = read(task)
         if not rs: continue
-        heads = [f'{s}: {k}' for s in SHIFTS[:-1] for k in ('place','signal','error %')]
-        out += [f'**{task}**: {about}.', '', f'| training | remedy | {" | ".join(heads)} | error % without the shift, mean of those three | no shift: error % | hyper-steps | CPU s |', '| --- '*(6+len(heads))+'|']
-        for flow,remedy in ARMS:
-            of = lambda shift: [r for r in rs if (r['flow'],r['remedy'],r['shift'])==(flow,remedy,shift)]
-            if not any(of(s) for s in SHIFTS): continue
-            each = lambda key, shift: ', '.join(f'{r[key]:g}' for r in of(shift) if key in r)
-            cells = [o for s in SHIFTS[:-1] for o in (each('place', s), each('signal', s), pm([r['shifted_error'] for r in of(s)]))]
-            mine = [r for s in SHIFTS for r in of(s)]
-            source = pm([r['source_error'] for r in mine if r['shift']!='none'])
-            out.append(f"| {FLOWS[flow][0]} | {REMEDIES[remedy]} | {' | '.join(cells)} | {source} | {pm([r['shifted_error'] for r in of('none')])} | {mine[0].get('hyper_steps', 0)} | "
-                       f"{np.mean([r['cpu_seconds'] for r in mine]):.0f} |")
-        e = rs[-1]['environment']
-        out += ['', f"Seeds {', '.join(map(str, sorted({r['seed'] for r in rs})))}. `{e['command']}`, {e['date']}, torch {e['torch']}, {e['machine']}, one thread.", '']
+        e,seeds = rs[-1]['environment'],sorted({r['seed'] for r in rs})
+        rows = [row(rs, *arm) for arm in ARMS if any((r['flow'],r['remedy'])==arm for r in rs)]
+        out += [f'**{task}**: {about}; seeds {", ".join(map(str, seeds))}.', '']
+        out += [f"| {' | '.join(o)} |" for o in (HEAD, ['---']*len(HEAD), *rows)]
+        out += ['', f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['machine']}, one thread.", '']
     return '\n'.join(out)
 
-def pm(v): return '{:.1f} ± {:.1f}'.format(*mean_se(v)) if len(v)>1 else f'{v[0]:.1f}' if v else ''
+def pm(v): return '{:.1f} ± {:.1f} ({})'.format(*mean_se(v), len(v)) if len(v)>1 else f'{v[0]:.1f}' if v else ''
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
     ap.add_argument('--tasks', nargs='+', default=list(TASKS), choices=list(TASKS))
     ap.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
+    ap.add_argument('--flows', nargs='+', default=list(FLOWS), choices=list(FLOWS))
     ap.add_argument('--quick', action='store_true', help='two epochs, nothing is written')
     ap.add_argument('--table', action='store_true', help='only write the table')
     a = ap.parse_args()
     torch.set_num_threads(1)
-    jobs = [(task,seed,flow,remedy,shifts) for seed in a.seeds for task in a.tasks for flow,remedy in ARMS for shifts in ([SHIFTS] if remedy=='nothing' else [[s] for s in SHIFTS])]
-    for task,seed,flow,remedy,shifts in [] if a.table else jobs:
+    arms = [(flow,remedy,shifts) for flow,remedy in ARMS if flow in a.flows for shifts in ([SHIFTS] if remedy=='nothing' else [[s] for s in SHIFTS])]
+    for seed,task,(flow,remedy,shifts) in [] if a.table else product(a.seeds, a.tasks, arms):
         done = {(r['flow'],r['remedy'],r['seed'],r['shift']) for r in read(task)}
         if not a.quick and all((flow,remedy,seed,s) in done for s in shifts): continue
         for r in run(task, flow, remedy, seed, shifts, a.quick):
