@@ -96,9 +96,8 @@ def at_highest(opt, ps):
     lrs,ids,old = [h['lr'] for h in opt.hypers],{id(p) for p in ps},opt.param_lists
     moved = [[p for p in g if id(p) in ids and lr<max(lrs)] for g,lr in zip(old, lrs)]
     gone,best = {id(p) for g in moved for p in g},lrs.index(max(lrs))
-    def groups(stay): return L(type(g)([p for p in g if id(p) not in gone] + stay(i)) for i,g in enumerate(opt.param_lists))
-    opt.param_lists = groups(lambda i: sum(moved, []) if i==best else [])
-    def undo(): opt.param_lists = groups(lambda i: moved[i])
+    opt.param_lists = L(type(g)([p for p in g if id(p) not in gone] + (sum(moved, []) if i==best else [])) for i,g in enumerate(old))
+    def undo(): opt.param_lists = old # in the old order, by which a saved optimizer finds its states
     return undo
 
 class Rates(HBACallback):
