@@ -88,8 +88,9 @@ FLOWS = { # what it is, (Learner, epochs, rate, callbacks) -> fit
   'fine_tune': ('`fine_tune(n-1, lr)`', lambda learn,n,lr,cbs: learn.fine_tune(n-1, lr, cbs=cbs)),
   'lr_mult1': ('(e) `fine_tune(n-1, lr, lr_mult=1)`', lambda learn,n,lr,cbs: learn.fine_tune(n-1, lr, lr_mult=1, cbs=cbs))}
 REMEDIES = {'nothing': 'no search', 'a': '(a) as it is', 'b': '(b) φ at the highest rate',
-            'c': '(c) φ and the layers up to the responding one at the highest rate', 'd': '(d) φ and the whole first group at the highest rate'}
-ARMS = [(f,r) for f in FLOWS for r in REMEDIES if f in ('slice','fine_tune') or r in ('nothing','a')] # with one rate the remedies change nothing
+            'c': '(c) φ and the layers up to the responding one at the highest rate', 'd': '(d) φ and the whole first group at the highest rate',
+            'aw': '(a), λ frozen while layers are, and warm-up after that', 'dw': '(d), λ frozen while layers are, and warm-up after that'}
+ARMS = [(f,r) for f in FLOWS for r in REMEDIES if f=='fine_tune' or f=='slice' and 'w' not in r or r in ('nothing','a')] # else the remedies change nothing
 
 def at_highest(opt, ps):
     "Let `ps` learn at the rate of the group with the highest one (ties: stay); returns the function that undoes it"
@@ -112,13 +113,14 @@ class Rates(HBACallback):
         frozen = [p for p in self.fast if not p.requires_grad]
         for p in frozen: p.requires_grad_()
         self.undo.callback(lambda: [p.requires_grad_(False) for p in frozen])
+        if 'w' in self.remedy: self.wait = 1. if self.opt.frozen_idx else self.warmup
 
     def _fast(self):
         "The parameters that the remedy moves"
         phi = [p for p,_ in self.hnet.params]
-        if self.remedy=='a': return []
-        if self.remedy=='b': return phi
-        if self.remedy=='d': return list(self.opt.param_lists[0])
+        if 'a' in self.remedy: return []
+        if 'b' in self.remedy: return phi
+        if 'd' in self.remedy: return list(self.opt.param_lists[0])
         layers = [m for _,m,_ in executed(self.learn.model, (torch.zeros(2,3,16,16),))]
         last = max(i for i,m in enumerate(layers) if any(m is h.layer for h in self.hnet.layers))
         return phi + [p for m in layers[:last+1] for p in m.parameters()]
@@ -196,11 +198,13 @@ if __name__=='__main__':
     ap.add_argument('--tasks', nargs='+', default=list(TASKS), choices=list(TASKS))
     ap.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     ap.add_argument('--flows', nargs='+', default=list(FLOWS), choices=list(FLOWS))
+    ap.add_argument('--remedies', nargs='+', default=list(REMEDIES), choices=list(REMEDIES))
     ap.add_argument('--quick', action='store_true', help='two epochs, nothing is written')
     ap.add_argument('--table', action='store_true', help='only write the table')
     a = ap.parse_args()
     torch.set_num_threads(1)
-    arms = [(flow,remedy,shifts) for flow,remedy in ARMS if flow in a.flows for shifts in ([SHIFTS] if remedy=='nothing' else [[s] for s in SHIFTS])]
+    arms = [(flow,remedy) for flow,remedy in ARMS if flow in a.flows and remedy in a.remedies]
+    arms = [(*arm,shifts) for arm in arms for shifts in ([SHIFTS] if arm[1]=='nothing' else [[s] for s in SHIFTS])]
     for seed,task,(flow,remedy,shifts) in [] if a.table else product(a.seeds, a.tasks, arms):
         done = {(r['flow'],r['remedy'],r['seed'],r['shift']) for r in read(task)}
         if not a.quick and all((flow,remedy,seed,s) in done for s in shifts): continue
