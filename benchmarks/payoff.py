@@ -278,11 +278,11 @@ WITH_TARGET = { # arm: (what, Cell -> network)
   'last_layer': ('fine-tuned, last layer', lambda c: c.tune(part=LAST_LAYER, lr=0.1)),
   'tuned': ('fine-tuned, rate and passes chosen on half of the target images', lambda c: c.tune(tuned)),
   'mixed': ('target images in half of each batch', lambda c: c.mixed()),
-  'mixed_trivial': ('the same, all under TrivialAugment', lambda c: c.mixed('trivial')),
-  'mixed_start': ('the same, all under the start policy', lambda c: c.mixed('start')),
+  'mixed_trivial': ('target images in half of each batch, all under TrivialAugment', lambda c: c.mixed('trivial')),
+  'mixed_start': ('target images in half of each batch, all under the start policy', lambda c: c.mixed('start')),
   'late': ('target images in half of each batch from 60%', lambda c: c.mixed(since=0.6)),
-  'late_trivial': ('the same, all under TrivialAugment', lambda c: c.mixed('trivial', since=0.6)),
-  'late_start': ('the same, all under the start policy', lambda c: c.mixed('start', since=0.6)),
+  'late_trivial': ('target images in half of each batch from 60%, all under TrivialAugment', lambda c: c.mixed('trivial', since=0.6)),
+  'late_start': ('target images in half of each batch from 60%, all under the start policy', lambda c: c.mixed('start', since=0.6)),
   'search': ('**search**, its own network', lambda c: c.search()),
   'replay': ('**replay** of its schedule', lambda c: c.replay()),
   'replay_late': ('**replay**, target images as they are in half of each batch from 60%',
@@ -338,14 +338,17 @@ def best_rival(rs, steps, n, shift):
     return min((a for a in RIVALS if len(e[a])==most), key=lambda a: np.mean(list(e[a].values())))
 
 def differences_table(rs, steps, n):
-    "Per shift: what the best rival is, and the paired difference of ours from it"
+    "Per shift: what the best rival is, and the paired difference of ours from it; per group the mean over its shifts, with the standard error over them"
     out = head('shift', 'best rival', 'its error %', *[f'{a} − it' for a in OURS], 'oracle − it')
-    for shift in SHIFTS:
-        if not errors(rs, steps, n, shift, 'search'): continue
-        rival = best_rival(rs, steps, n, shift)
-        e = errors(rs, steps, n, shift, rival)
-        d = [pm(difference(errors(rs, steps, n, shift, a), e), '+') for a in (*OURS,'oracle')]
-        out.append(f"| {shift} | {rival} | {pm(list(e.values()))} | {' | '.join(d)} |")
+    for name,shifts in GROUPS.items():
+        over = []
+        for shift in [s for s in shifts if errors(rs, steps, n, s, 'search')]:
+            rival = best_rival(rs, steps, n, shift)
+            e = errors(rs, steps, n, shift, rival)
+            d = [difference(errors(rs, steps, n, shift, a), e) for a in (*OURS,'oracle')]
+            if all(d): over.append([np.mean(o) for o in (list(e.values()),*d)])
+            out.append(f"| {shift} | {rival} | {pm(list(e.values()))} | {' | '.join(pm(o, '+') for o in d)} |")
+        if over: out.append(f"| *mean: {name}* | | {' | '.join(pm(list(c), '+' if i else '') for i,c in enumerate(zip(*over)))} |")
     return out
 
 def table():

@@ -14,7 +14,7 @@ Each run appends one line to results/rates/TASK.jsonl:
     hyper_steps, cpu_seconds     number of hyper-steps, CPU seconds of the fit with one thread
 """
 import argparse,gc,time
-from functools import lru_cache
+from functools import lru_cache,partial
 from itertools import product
 import torch
 from torch import nn
@@ -50,11 +50,12 @@ def split(x, y, sizes, seed):
     return [(x[j],y[j]) for j in i]
 
 def digits_sets(seed): return split(*digits(), [1000,200,597], seed)
-def photos_sets(seed): return [*split(*photos('train', True), [1500,200], seed),*split(*photos('test', True), [2000], seed)]
+def photos_sets(seed, n=1500): return [*split(*photos('train', True), [n,200], seed),*split(*photos('test', True), [2000], seed)]
 
 TASKS = { # source, target and test images; names of the classes; epochs; learning rate
   'digits': (digits_sets, [str(o) for o in range(10)], 25, 1e-2),
-  'photos': (photos_sets, [CLASSES[c] for c in NEW], 17, 1e-2)}
+  'photos': (photos_sets, [CLASSES[c] for c in NEW], 17, 1e-2),
+  'few': (partial(photos_sets, n=400), [CLASSES[c] for c in NEW], 50, 1e-2)} # where low rates for the body do pay
 BS = 50
 
 # --- network, trained beforehand
@@ -164,7 +165,8 @@ def read(task):
     return [json.loads(l) for l in f.read_text().splitlines()] if f.exists() else []
 
 ABOUT = {'digits': 'digits, 1,000 source and 200 target images, 25 epochs of 20 steps',
-         'photos': 'four classes of CIFAR-10 JPEG, 1,500 source and 200 target images, 17 epochs of 30 steps'}
+         'photos': 'four classes of CIFAR-10 JPEG, 1,500 source and 200 target images, 17 epochs of 30 steps',
+         'few': 'the same with 400 source images, 50 epochs of 8 steps'}
 HEAD = ['training','remedy',*[f'{s}: {k}' for s in SHIFTS[:-1] for k in ('place','signal','error %')],
         'mean of the three','without the shift','no shift at all','hyper-steps','CPU s']
 
