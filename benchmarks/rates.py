@@ -90,7 +90,7 @@ FLOWS = { # what it is, (Learner, epochs, rate, callbacks) -> fit
   'lr_mult1': ('(e) `fine_tune(n-1, lr, lr_mult=1)`', lambda learn,n,lr,cbs: learn.fine_tune(n-1, lr, lr_mult=1, cbs=cbs))}
 REMEDIES = {'nothing': 'no search', 'a': '(a) as it is', 'b': '(b) φ at the highest rate',
             'c': '(c) φ and the layers up to the responding one at the highest rate', 'd': '(d) φ and the whole first group at the highest rate',
-            'aw': '(a), λ frozen while layers are, and warm-up after that', 'dw': '(d), λ frozen while layers are, and warm-up after that'}
+            **{f'{r}w': f'({r}), λ frozen while layers are, and warm-up after that' for r in 'abd'}}
 ARMS = [(f,r) for f in FLOWS for r in REMEDIES if f=='fine_tune' or f=='slice' and 'w' not in r or r in ('nothing','a')] # else the remedies change nothing
 
 def at_highest(opt, ps):
