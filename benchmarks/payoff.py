@@ -28,13 +28,14 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Normalize
 from common import RESULTS,NoValid,environment,mean_se,quiet
-from hba_fastai.callback import HBACallback,population
-from hba_fastai.cli import digits_net
+from hba_fastai.callback import HBACallback
 from hba_fastai.data import array_dls,digits
 from hba_fastai.ops import OPS
 from hba_fastai.policy import PBAPolicy
 from hba_fastai.schedule import Schedule
+from hba_fastai.session import digits_net
 from hba_fastai.space import GEOMETRIC,Space
+from hba_fastai.transform import population
 
 OUT = RESULTS/'payoff'
 BS,LR,WD = 50,0.05,5e-4

@@ -88,10 +88,11 @@ FLOWS = { # what it is, (Learner, epochs, rate, callbacks) -> fit
   'slice': ('`fit_one_cycle(n, slice(lr/100, lr))`', lambda learn,n,lr,cbs: learn.fit_one_cycle(n, slice(lr/100, lr), cbs=cbs)),
   'fine_tune': ('`fine_tune(n-1, lr)`', lambda learn,n,lr,cbs: learn.fine_tune(n-1, lr, cbs=cbs)),
   'lr_mult1': ('(e) `fine_tune(n-1, lr, lr_mult=1)`', lambda learn,n,lr,cbs: learn.fine_tune(n-1, lr, lr_mult=1, cbs=cbs))}
-REMEDIES = {'nothing': 'no search', 'a': '(a) as it is', 'b': '(b) φ at the highest rate',
+REMEDIES = {'nothing': 'no search', 'a': '(a) φ in the group of its layer', 'b': '(b) φ at the highest rate',
             'c': '(c) φ and the layers up to the responding one at the highest rate', 'd': '(d) φ and the whole first group at the highest rate',
-            **{f'{r}w': f'({r}), λ frozen while layers are, and warm-up after that' for r in 'abd'}}
-ARMS = [(f,r) for f in FLOWS for r in REMEDIES if f=='fine_tune' or f=='slice' and 'w' not in r or r in ('nothing','a')] # else the remedies change nothing
+            **{f'{r}w': f'({r}), λ frozen while layers are, and warm-up after that' for r in 'abd'},
+            'default': 'the package since: φ at the highest rate, and `fine_tune` one course with one warm-up'}
+ARMS = [(f,r) for f in FLOWS for r in REMEDIES if f=='fine_tune' or f=='slice' and 'w' not in r or r in ('nothing','a','default')] # else the remedies change nothing
 
 def at_highest(opt, ps):
     "Let `ps` learn at the rate of the group with the highest one (ties: stay); returns the function that undoes it"
@@ -103,33 +104,35 @@ def at_highest(opt, ps):
     return undo
 
 class Rates(HBACallback):
-    "`HBACallback` with a remedy of `REMEDIES`"
+    "`HBACallback` with a remedy of `REMEDIES`; (a) to (d) were measured on the package before it had one"
     def __init__(self, remedy, **kwargs):
-        super().__init__(**kwargs)
-        self.remedy = remedy
+        super().__init__(fast=remedy=='default', **kwargs)
+        self.remedy,self.moved = remedy,[]
 
     def attach(self):
         super().attach()
-        self.fast = self._fast()
-        frozen = [p for p in self.fast if not p.requires_grad]
+        if self.remedy=='default': return
+        share = (1. if self.opt.frozen_idx else self.warmup) if 'w' in self.remedy else self.warmup*(self.done==0)
+        self.wait = self.done + share*self.learn.n_epoch # a warm-up for each fit, or for the first alone, as it was
+        self.moved = self._moved()
+        frozen = [p for p in self.moved if not p.requires_grad]
         for p in frozen: p.requires_grad_()
         self.undo.callback(lambda: [p.requires_grad_(False) for p in frozen])
-        if 'w' in self.remedy: self.wait = 1. if self.opt.frozen_idx else self.warmup
 
-    def _fast(self):
+    def _moved(self):
         "The parameters that the remedy moves"
         phi = [p for p,_ in self.hnet.params]
         if 'a' in self.remedy: return []
         if 'b' in self.remedy: return phi
         if 'd' in self.remedy: return list(self.opt.param_lists[0])
-        layers = [m for _,m,_ in executed(self.learn.model, (torch.zeros(2,3,16,16),))]
+        layers = [r.layer for r in executed(self.learn.model, (torch.zeros(2,3,16,16),))]
         last = max(i for i,m in enumerate(layers) if any(m is h.layer for h in self.hnet.layers))
         return phi + [p for m in layers[:last+1] for p in m.parameters()]
 
     def before_step(self):
         "Not in `attach`: there `fit_one_cycle` has not set its rates yet, and all groups have the same"
-        if self.fast: self.undo.callback(at_highest(self.opt, self.fast))
-        self.fast = []
+        if self.moved: self.undo.callback(at_highest(self.opt, self.moved))
+        self.moved = []
 
 # --- one run
 

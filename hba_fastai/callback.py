@@ -195,7 +195,7 @@ def attach(self:HBACallback):
     check_hypergradient(self.hnet, get_model(self.model), lambda: self.target_loss(plain(self.stream.peek())))
     self.begin(chosen.reason)
 
-# %% ../nbs/07_callback.ipynb #b2d4fa21
+# %% ../nbs/07_callback.ipynb #89e16a00
 @patch
 def begin(self:HBACallback, reason:str):
     "What the search begins with, or goes on from"
@@ -206,7 +206,7 @@ def begin(self:HBACallback, reason:str):
     self.ref,self.provenance = self.z(self.lam).detach(),self._provenance(reason)
     if not self.points:
         self._note(self.learn.epoch)
-        if self.learn.logger is not noop and not rank_distrib(): print(f"The search responds in {reason}")
+        if self.learn.logger is not noop and (hasattr(self.learn, 'progress') or self.learn.logger is print) and not rank_distrib(): print(f"The search responds in {reason}")
     self.attached = True
 
 # %% ../nbs/07_callback.ipynb #1b961969
