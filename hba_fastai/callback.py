@@ -139,14 +139,15 @@ def warn_of_monitors(learn):
     cbs = [cb for cb in learn.cbs if isinstance(cb, TrackerCallback) and not cb.monitor.startswith('train_')]
     if cbs: warnings.warn(f"{type(cbs[0]).__name__} monitors `{cbs[0].monitor}` on the images that the hyper-steps are fitted to, where it is optimistic: hold out training images for them with `HBACallback(valid=0.2)`")
 
-# %% ../nbs/07_callback.ipynb #afd978ac
+# %% ../nbs/07_callback.ipynb #d0a516a7
 def warn_of_rates(learn, layers:list):
     "Warn where the layers of a search for a target learn at less than half of the fastest rate"
-    tuning,total = fine_tuning(learn),np.array(rates(learn)).sum(0)
-    own = min(t for t,g in zip(total, learn.opt.param_lists) if any(p is q for _,m in layers for p in g for q in m.parameters(False)))
-    ratio = 1/tuning['lr_mult'] if tuning else own/max(total.max(), 1e-30)
+    tuning,total,groups = fine_tuning(learn),np.array(rates(learn)).sum(0),learn.opt.param_lists
+    own = min(i for i,g in enumerate(groups) if any(p is q for _,m in layers for p in g for q in m.parameters(False)))
+    last = len(groups)-1
+    ratio = tuning['lr_mult']**((own-last)/max(last, 1)) if tuning else total[own]/max(total.max(), 1e-30) # `fine_tune` spaces its rates evenly
     if ratio>=0.5: return
-    line = f"`learn.fine_tune({tuning['epochs']}, ..., lr_mult=1)`" if tuning else "one learning rate for all layers instead of a slice"
+    line = "`fine_tune(..., lr_mult=1)`" if tuning else "one learning rate for all layers instead of a slice"
     warnings.warn(f"The first layers learn at {ratio:.2g} of the head's rate, too slowly to follow target images that look different: use {line}")
 
 # %% ../nbs/07_callback.ipynb #817e0d17
@@ -173,7 +174,7 @@ def columns(self:HBACallback):
         yield
     finally: self.learn.metrics = self.learn.metrics.filter(lambda o: not any(o is c for c in cols))
 
-# %% ../nbs/07_callback.ipynb #0ee475b0
+# %% ../nbs/07_callback.ipynb #9396227c
 @patch
 def attach(self:HBACallback):
     "Put the search in place: policy, target batches, hyper-layers, optimizer"
@@ -192,7 +193,7 @@ def attach(self:HBACallback):
     self.undo.callback(lambda: self.as_trained(False)) # before the layers are detached
     self.hnet = self.undo.enter_context(HyperNet(chosen.layers, len(self.z(self.lam)), self.base_seed, self.hnet, follow=not self.fast))
     self.undo.enter_context(trained_with(self.opt, self.hnet.params, fastest(self.learn) if self.fast else None))
-    check_hypergradient(self.hnet, get_model(self.model), lambda: self.target_loss(plain(self.stream.peek())))
+    check_hypergradient(self.hnet, get_model(self.model), lambda: self.target_loss(tuple(o[:2] for o in plain(self.stream.peek()))))
     self.begin(chosen.reason)
 
 # %% ../nbs/07_callback.ipynb #89e16a00
@@ -317,7 +318,7 @@ def after_train(self:HBACallback):
     if bad > MAX_SKIPPED*n:
         raise FloatingPointError(f"{bad} of {n} hypergradients of this epoch were not finite, and a search stops above {MAX_SKIPPED:.0%}: lower the learning rate, or train without half precision")
 
-# %% ../nbs/07_callback.ipynb #17710da0
+# %% ../nbs/07_callback.ipynb #ddeacbe8
 @patch
 def _note(self:HBACallback, epochs):
     self.points.append((self.done+epochs, self.lam.detach().cpu().double()))
@@ -336,12 +337,17 @@ def after_epoch(self:HBACallback):
 def close(self:HBACallback, ended:bool=False):
     "Give the plain Learner back; λ, φ and the schedule stay with this object"
     attached,self.attached = self.attached,False
-    if attached:
-        here = self.learn.pct_train*self.learn.n_epoch # a fit that was stopped within an epoch keeps λ as it was then
-        if self.done+here > self.points[-1][0]+1e-3: self._note(here)
-        _schedules[self.learn] = self.schedule
-    PolicyCallback.close(self, ended)
+    try:
+        if attached: self._keep()
+    finally: PolicyCallback.close(self, ended)
     if attached: self.done = self.points[-1][0]
+
+@patch
+def _keep(self:HBACallback):
+    "Note λ as it is now, where a fit was stopped within an epoch, and leave the schedule to the Learner"
+    here = min(self.learn.pct_train, 1.)*self.learn.n_epoch # `pct_train` overshoots 1 by rounding
+    if self.done+here > self.points[-1][0]+1e-3: self._note(here)
+    _schedules[self.learn] = self.schedule
 
 # %% ../nbs/07_callback.ipynb #ad4af117
 @patch

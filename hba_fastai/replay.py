@@ -132,12 +132,13 @@ def insert(self:PolicyCallback, policy, lam, sigma):
         self.generator = torch.Generator(device).manual_seed(self.base_seed + rank_distrib()) # each process draws its own
     self.tfm = self.undo.enter_context(policy_in(self.dls, policy.to(self.generator.device), lam, sigma, self.generator))
 
-# %% ../nbs/06e_replay.ipynb #72e00643
+# %% ../nbs/06e_replay.ipynb #ef867b76
 def as_schedule(o) -> Schedule:
     "The schedule of a `Schedule`, the name of its file, a callback that searched, or its Learner"
     if isinstance(o, Schedule): return o
     if isinstance(o, Learner): return o.hba_schedule
-    if not isinstance(o, PolicyCallback): return Schedule.load(o)
+    if isinstance(o, (str,Path)): return Schedule.load(o)
+    if not isinstance(o, PolicyCallback): raise TypeError(f"A {type(o).__name__} is no schedule: give a Schedule, the name of its file, a callback that searched, or its Learner")
     if o.schedule is None: raise ValueError(f"This {type(o).__name__} has no schedule yet, because no search has run with it: fit with it first")
     return o.schedule
 

@@ -177,6 +177,8 @@ def check_valid(valid):
         if not len(valid): raise ValueError("valid is an empty list: give it image files, or None for `dls.valid`")
         other = [o for o in valid if not isinstance(o, (str,Path))]
         if other: raise TypeError(f"valid is a list with a {type(other[0]).__name__} in it: a list must be of the names of image files")
+        missing = [str(o) for o in valid if not Path(o).expanduser().is_file()]
+        if missing: raise ValueError(f"valid is a list with {len(missing)} names that are no files, {_some(missing)}: give image files that are there")
     elif isinstance(valid, DataLoaders):
         if not len(valid.loaders): raise ValueError("valid is DataLoaders without a loader: give it one")
     else: raise TypeError(f"valid is a {type(valid).__name__}: use {forms}")
