@@ -47,7 +47,7 @@ def steps_per_epoch(learn) -> float:
     acc = first(cb for cb in learn.cbs if isinstance(cb, GradientAccumulation))
     return len(learn.dls.train) / (1 if acc is None else -(-acc.n_acc//inner_dl(learn.dls.train).bs))
 
-# %% ../nbs/07_callback.ipynb #847cfa7b
+# %% ../nbs/07_callback.ipynb #1a26edd7
 AT = 0.05,0.3 # where probabilities and magnitudes start in their ranges
 
 class HBACallback(PolicyCallback):
@@ -63,14 +63,14 @@ class HBACallback(PolicyCallback):
         hlr:float|None=None,  # Learning rate α' of Adam on λ; default: `default_hlr` of the length of the course
         condition:str='dose', # What the hyper-layers respond to: 'dose' (what was done to each image) or 'lambda' (ε, the paper's)
         centred:bool=True,    # Layers hold θ̂(λ) and respond to the deviation; False: the paper's literal form while training
-        start=AT,             # Positions in their ranges at the start, of probabilities and of magnitudes, or one for both; or `{name: value}` for some in the units of Table 7
-        floor:float=0.02,     # Lowest position in its range that a hyperparameter may take, unless it starts lower: what is hardly ever applied cannot be judged. 0.001 is the lowest
+        start=AT,             # Positions in their ranges at the start, of probabilities and of magnitudes, or one for both; or `{name: value}` for some
+        floor:float=0.02,     # Lowest position in its range that a hyperparameter may take, unless it starts lower; 0.001 or more
         warmup:float=0.3,     # Share of the course in which the response to λ is learned and λ is frozen
         joint:bool=True,      # Adam divides by one second moment for all hyperparameters, so that small gradients make small steps; False: by one for each
         fast:bool=True,       # φ learn at the rate of the optimizer's fastest group, also while their layer is frozen; False: as their layer does
         skip=(),              # Names of operations that must not be used
         limits:dict|None=None, # Narrower ranges of magnitudes, `{'Rotate': (0,10)}`, in the units of Table 7
-        valid=None,           # Data of the hyper-steps: None for `dls.valid`, a share or number of training items to hold out, a folder, a list of files, a loader or `DataLoaders`
+        valid=None,           # Data of the hyper-steps: None (`dls.valid`), a share or number of training items, a folder, files, a loader or `DataLoaders`
         seed:int|None=None,   # Seed of its random stream; default: torch's current seed
         checkpoint=None,      # Name of a file in the Learner's model folder (or a path) to write after each epoch
         resume:bool=False     # Go on from the checkpoint, if there is one
@@ -94,14 +94,15 @@ class HBACallback(PolicyCallback):
         no floor, no warm-up, plain Adam, φ in the group of its layer"""
         return cls(**{**dict(strategy='first_bn', condition='lambda', centred=False, start=START, floor=0.001, warmup=0., joint=False, fast=False), **kwargs})
 
-# %% ../nbs/07_callback.ipynb #5115c6d8
+# %% ../nbs/07_callback.ipynb #1c13544d
 @patch
 def _check(self:HBACallback, start):
     "Raise where an argument is out of its range"
     if not (isinstance(self.T_train, int) and isinstance(self.T_val, int) and min(self.T_train, self.T_val)>=1):
         raise ValueError(f"T_train={self.T_train} and T_val={self.T_val} are steps per cycle: both must be whole numbers, 1 or more")
     if not 0<=self.sigma<float('inf'): raise ValueError(f"sigma={self.sigma} is a standard deviation: it must be finite and 0 or more")
-    if self.hlr is not None and not self.hlr>0: raise ValueError(f"hlr={self.hlr} is a learning rate: it must be above 0, or None to choose it by the length of the fit")
+    if self.hlr is not None and not self.hlr>0: raise ValueError(f"hlr={self.hlr} is a learning rate: it must be above 0, "
+        "or None to choose it by the length of the fit")
     if self.condition not in ('lambda','dose'): raise ValueError(f"condition={self.condition!r} is unknown: use 'lambda' (the paper's) or 'dose'")
     if self.resume and not self.checkpoint: raise ValueError("resume=True needs the name of a checkpoint and none is given: say `checkpoint='search'`")
     if not 0.001<=self.floor<1: raise ValueError(f"floor={self.floor} is a position within the ranges: it must be at least 0.001 and below 1")
@@ -121,23 +122,28 @@ def _start(start, space:Space|None=None) -> Tensor: # λ (H,)
     for k,v in start.items(): values[space.names.index(k)] = v
     return space.lam(values).float()
 
-# %% ../nbs/07_callback.ipynb #eace1ad4
+# %% ../nbs/07_callback.ipynb #7a2e2a80
 @patch
 def refuse(self:HBACallback):
     "Raise where a search would be wrong"
     PolicyCallback.refuse(self)
     learn = self.learn
     mix,half = (first(cb for cb in learn.cbs if isinstance(cb, c)) for c in (MixHandler,NonNativeMixedPrecision))
-    if mix: raise ValueError(f"{type(mix).__name__} mixes images whose hyperparameters differ, and a hyper-layer needs those of each image: search without it, and use it when you train with ScheduleCallback")
-    if half: raise ValueError("Non-native half precision steps copies of the weights that it made before the search: use `learn.to_fp16()` or `learn.to_bf16()`")
-    if isinstance(learn.model, nn.DataParallel): raise ValueError("nn.DataParallel splits a batch behind the back of the hyper-layers: use `with learn.distrib_ctx():` instead")
+    if mix: raise ValueError(f"{type(mix).__name__} mixes images whose hyperparameters differ, "
+        "and a hyper-layer needs those of each image: search without it, and use it when you train with ScheduleCallback")
+    if half: raise ValueError("Non-native half precision steps copies of the weights that it made before the search: "
+        "use `learn.to_fp16()` or `learn.to_bf16()`")
+    if isinstance(learn.model, nn.DataParallel): raise ValueError("nn.DataParallel splits a batch behind the back of the hyper-layers: "
+        "use `with learn.distrib_ctx():` instead")
     if any(type(m).__name__=='OptimizedModule' or getattr(m, '_compiled_call_impl', None) for m in learn.model.modules()):
-        raise ValueError("The model is compiled, and hyper-layers change its layers: search with the model itself (`model._orig_mod`), and compile it for training with ScheduleCallback")
+        raise ValueError("The model is compiled, and hyper-layers change its layers: search with the model itself (`model._orig_mod`), "
+            "and compile it for training with ScheduleCallback")
 
 def warn_of_monitors(learn):
     "Warn where a callback judges epochs by the very images that λ is fitted to"
     cbs = [cb for cb in learn.cbs if isinstance(cb, TrackerCallback) and not cb.monitor.startswith('train_')]
-    if cbs: warnings.warn(f"{type(cbs[0]).__name__} monitors `{cbs[0].monitor}` on the images that the hyper-steps are fitted to, where it is optimistic: hold out training images for them with `HBACallback(valid=0.2)`")
+    if cbs: warnings.warn(f"{type(cbs[0]).__name__} monitors `{cbs[0].monitor}` on the images that the hyper-steps are fitted to, "
+        "where it is optimistic: hold out training images for them with `HBACallback(valid=0.2)`")
 
 # %% ../nbs/07_callback.ipynb #d0a516a7
 def warn_of_rates(learn, layers:list):
@@ -150,7 +156,7 @@ def warn_of_rates(learn, layers:list):
     line = "`fine_tune(..., lr_mult=1)`" if tuning else "one learning rate for all layers instead of a slice"
     warnings.warn(f"The first layers learn at {ratio:.2g} of the head's rate, too slowly to follow target images that look different: use {line}")
 
-# %% ../nbs/07_callback.ipynb #817e0d17
+# %% ../nbs/07_callback.ipynb #1d9abe69
 @patch
 def before_fit(self:HBACallback):
     "Open the fit; read the checkpoint that it goes on from"
@@ -167,19 +173,21 @@ def columns(self:HBACallback):
     "Within, the progress table has the columns of the search"
     n,mean = self.space.n,lambda part: self.lam[part].sigmoid().mean().item()
     loss = lambda: torch.stack(self.losses).nanmean().item() if self.losses else None
-    cols = [ValueMetric(loss, 'hyper_loss'), ValueMetric(lambda: mean(slice(n)), 'mean_p'), ValueMetric(lambda: mean(slice(n,None)), 'mean_mag'), ValueMetric(self.skipped, 'skipped')]
+    of = {'hyper_loss': loss, 'mean_p': lambda: mean(slice(n)), 'mean_mag': lambda: mean(slice(n,None)), 'skipped': self.skipped}
+    cols = [ValueMetric(f, name) for name,f in of.items()]
     metrics = self.learn.metrics
     try:
         self.learn.metrics = metrics+cols
         yield
     finally: self.learn.metrics = self.learn.metrics.filter(lambda o: not any(o is c for c in cols))
 
-# %% ../nbs/07_callback.ipynb #9396227c
+# %% ../nbs/07_callback.ipynb #1c6081bc
 @patch
 def attach(self:HBACallback):
     "Put the search in place: policy, target batches, hyper-layers, optimizer"
     if self.searched and self.searched() is not get_model(self.model):
-        warnings.warn("This HBACallback has searched with another model: a new search begins, and the schedule that was found is kept by its Learner (`learn.hba_schedule`)")
+        warnings.warn("This HBACallback has searched with another model: a new search begins, "
+            "and the schedule that was found is kept by its Learner (`learn.hba_schedule`)")
         self.forget(); self.count_course()
     self.policy,b = policy_for(self.dls, self.skip, self.limits)
     self.inactive = [o for o in self.policy.inactive if o not in self.skip]
@@ -196,7 +204,7 @@ def attach(self:HBACallback):
     check_hypergradient(self.hnet, get_model(self.model), lambda: self.target_loss(tuple(o[:2] for o in plain(self.stream.peek()))))
     self.begin(chosen.reason)
 
-# %% ../nbs/07_callback.ipynb #89e16a00
+# %% ../nbs/07_callback.ipynb #88d0a4dd
 @patch
 def begin(self:HBACallback, reason:str):
     "What the search begins with, or goes on from"
@@ -207,7 +215,8 @@ def begin(self:HBACallback, reason:str):
     self.ref,self.provenance = self.z(self.lam).detach(),self._provenance(reason)
     if not self.points:
         self._note(self.learn.epoch)
-        if self.learn.logger is not noop and (hasattr(self.learn, 'progress') or self.learn.logger is print) and not rank_distrib(): print(f"The search responds in {reason}")
+        shows = self.learn.logger is not noop and (hasattr(self.learn, 'progress') or self.learn.logger is print)
+        if shows and not rank_distrib(): print(f"The search responds in {reason}")
     self.attached = True
 
 # %% ../nbs/07_callback.ipynb #1b961969
@@ -277,7 +286,7 @@ def after_batch(self:HBACallback):
     if self.done+self.learn.pct_train*self.learn.n_epoch < self.wait-1e-9: return
     for _ in range(self.T_val): self.hyper_step()
 
-# %% ../nbs/07_callback.ipynb #46ad8e5d
+# %% ../nbs/07_callback.ipynb #9f95a68a
 LAM_MAX = 7.
 
 @patch
@@ -291,7 +300,8 @@ def hyper_step(self:HBACallback):
     "Move λ one step of Adam downhill on a validation batch (Eq. 11)"
     b,scaler = next(self.stream),getattr(self.learn, 'scaler', None)
     scale = scaler.scale(torch.ones_like(self.lam[0])) if scaler else 1.
-    l,g = hypergradient(self.hnet, get_model(self.learn.model), lambda: self.target_loss(b), self.lam, self.z, scale, None if self.centred else torch.zeros_like(self.ref))
+    ref = None if self.centred else torch.zeros_like(self.ref)
+    l,g = hypergradient(self.hnet, get_model(self.learn.model), lambda: self.target_loss(b), self.lam, self.z, scale, ref)
     g = average(g)
     lam,self.adam,ok = adam(self.lam, g, self.adam, self.rate, self.joint)
     self.lam = lam.clamp(max=LAM_MAX).max(self.lowest)
@@ -301,7 +311,7 @@ def hyper_step(self:HBACallback):
     if self.centred: self.hnet.fold(ref-self.ref)
     self.ref = ref
 
-# %% ../nbs/07_callback.ipynb #4db5eef8
+# %% ../nbs/07_callback.ipynb #bab4f85c
 MAX_SKIPPED = 0.2
 
 @patch
@@ -316,7 +326,8 @@ def after_train(self:HBACallback):
     self.as_trained(False)
     n,bad = len(self.finite),self.skipped()
     if bad > MAX_SKIPPED*n:
-        raise FloatingPointError(f"{bad} of {n} hypergradients of this epoch were not finite, and a search stops above {MAX_SKIPPED:.0%}: lower the learning rate, or train without half precision")
+        raise FloatingPointError(f"{bad} of {n} hypergradients of this epoch were not finite, "
+            f"and a search stops above {MAX_SKIPPED:.0%}: lower the learning rate, or train without half precision")
 
 # %% ../nbs/07_callback.ipynb #ddeacbe8
 @patch
@@ -357,19 +368,23 @@ def _schedule(self:HBACallback) -> Schedule:
     values = self.space.values(torch.stack(lam))
     return Schedule([a/self.total for a in at], values, self.sigma, {**self.provenance, 'epochs': self.total}, self.skip, self.inactive, self.limits)
 
-# %% ../nbs/07_callback.ipynb #60e325ba
+# %% ../nbs/07_callback.ipynb #189c6040
 @patch
 def _provenance(self:HBACallback, reason:str) -> dict:
     "How the schedule is found, for its file"
     learn,arch = self.learn,getattr(self.learn, 'arch', None)
     names = [l.name for l in self.hnet.layers]
     own = {k:getattr(self, k) for k in 'condition centred floor warmup joint fast T_train T_val sigma'.split()}
-    return dict(package=f'hba-fastai {hba_fastai.__version__}', torch=str(torch.__version__), fastai=fastai.__version__, date=date.today().isoformat(),
-                model=getattr(arch, '__name__', arch) or type(get_model(learn.model)).__name__, strategy=self.strategy if isinstance(self.strategy, str) else names, layers=names, why=reason,
-                **own, hlr=self.rate, seed=self.base_seed, lr=np.array(rates(learn)).max(0).tolist(), train_items=inner_dl(learn.dls.train).n, batch_size=inner_dl(learn.dls.train).bs,
-                classes=len(L(getattr(learn.dls, 'vocab', []))), target=self.stream.what, valid_items=self.stream.n, target_classes=self.stream.counts, augmentation=augmentation(learn.dls), **({'resumed': self.pauses} if self.pauses else {}))
+    versions = dict(package=f'hba-fastai {hba_fastai.__version__}', torch=str(torch.__version__), fastai=fastai.__version__, date=date.today().isoformat())
+    train = inner_dl(learn.dls.train)
+    data = dict(train_items=train.n, batch_size=train.bs, classes=len(L(getattr(learn.dls, 'vocab', []))), augmentation=augmentation(learn.dls),
+                target=self.stream.what, valid_items=self.stream.n, target_classes=self.stream.counts)
+    model = dict(model=getattr(arch, '__name__', arch) or type(get_model(learn.model)).__name__, lr=np.array(rates(learn)).max(0).tolist(),
+                 strategy=self.strategy if isinstance(self.strategy, str) else names, layers=names, why=reason)
+    resumed = {'resumed': self.pauses} if self.pauses else {}
+    return dict(**versions, **model, **own, hlr=self.rate, seed=self.base_seed, **data, **resumed)
 
-# %% ../nbs/07_callback.ipynb #6d8ba987
+# %% ../nbs/07_callback.ipynb #f8d38002
 def _describe(opt) -> str:
     "An optimizer in words: what it does, and its constants"
     inner = getattr(opt, 'opt', opt)
@@ -384,14 +399,16 @@ def _settings(self:HBACallback) -> dict:
     own = {k:getattr(self, k) for k in 'T_train T_val sigma hlr condition centred floor warmup joint fast limits'.split()}
     with target_batches(self.learn, self.valid, shared_seed(self.seed, 'cpu') if self.seed is not None else 0) as stream:
         target = dict(target=stream.what, target_items=stream.n, target_classes=stream.counts)
-    return dict(epochs=self.learn.n_epoch, **own, skip=list(self.skip), start=self.start.tolist(), strategy=self.strategy if isinstance(self.strategy, str) else 'modules',
-                model=type(get_model(self.model)).__name__, optimizer=_describe(self.opt), learning_rates=rates(self.learn), batch_size=train.bs, train_items=len(train.dataset),
-                classes=[str(o) for o in L(getattr(self.dls, 'vocab', []))], augmentation=augmentation(self.dls), **target)
+    search = dict(skip=list(self.skip), start=self.start.tolist(), strategy=self.strategy if isinstance(self.strategy, str) else 'modules')
+    training = dict(model=type(get_model(self.model)).__name__, optimizer=_describe(self.opt), learning_rates=rates(self.learn))
+    classes = [str(o) for o in L(getattr(self.dls, 'vocab', []))]
+    data = dict(batch_size=train.bs, train_items=len(train.dataset), classes=classes, augmentation=augmentation(self.dls))
+    return dict(epochs=self.learn.n_epoch, **own, **search, **training, **data, **target)
 
 @patch
 def _file(self:HBACallback): return checkpoint_path(self.checkpoint, self.learn.path/self.learn.model_dir, rank_distrib())
 
-# %% ../nbs/07_callback.ipynb #0d90386f
+# %% ../nbs/07_callback.ipynb #4dfe72bd
 def _builtin(o):
     "Containers of fastai and numbers of NumPy as Python's own"
     if isinstance(o, dict): return {k:_builtin(v) for k,v in o.items()}
@@ -404,12 +421,13 @@ def _write(self:HBACallback):
     scaler,phi = getattr(self.learn, 'scaler', None),[p for p,_ in self.hnet.params]
     training = dict(model=get_model(self.model).state_dict(), opt=_builtin(self.opt.state_dict()), scaler=scaler.state_dict() if scaler else {},
                     rng=rng_state(), train_rng=inner_dl(self.dls.train).rng.getstate())
-    search = dict(lam=self.lam, adam=self.adam, moments=self.moments, wait=self.wait, count=self.count, done=self.done, total=self.total, at=[a for a,_ in self.points],
-                  lams=torch.stack([l for _,l in self.points]), phi=[p.detach() for p in phi], phi_state=_builtin([[s.get(p, {}) for p in phi] for s in states(self.opt)]),
-                  seed=self.base_seed, generator=self.generator.get_state(), fill=self.policy.fill, stream=[self.stream.i_pass,self.stream.place], inactive=self.inactive)
+    search = {k: getattr(self, k) for k in 'lam adam moments wait count done total inactive'.split()}
+    search |= dict(at=[a for a,_ in self.points], lams=torch.stack([l for _,l in self.points]), phi=[p.detach() for p in phi], fill=self.policy.fill,
+                   phi_state=_builtin([[s.get(p, {}) for p in phi] for s in states(self.opt)]), seed=self.base_seed,
+                   generator=self.generator.get_state(), stream=[self.stream.i_pass,self.stream.place])
     save_checkpoint(self._file(), dict(settings=_builtin(self.settings), epoch=self.learn.epoch+1, provenance=self.provenance, **training, **search))
 
-# %% ../nbs/07_callback.ipynb #2db12633
+# %% ../nbs/07_callback.ipynb #81d4d31c
 @patch
 def _read(self:HBACallback):
     "Before the fit: compare and load the checkpoint, and leave out the epochs that are done"
@@ -420,7 +438,8 @@ def _read(self:HBACallback):
     there,here = ({k: tuple(v.shape) for k,v in o.items()} for o in (d['model'],get_model(self.model).state_dict()))
     if there!=here:
         k = first(k for k in {**there,**here} if there.get(k)!=here.get(k))
-        raise CheckpointError(f"{self._file()} is of another model than this Learner's: {k} has shape {there.get(k)} there and {here.get(k)} here. Go on with the same model")
+        raise CheckpointError(f"{self._file()} is of another model than this Learner's: "
+            f"{k} has shape {there.get(k)} there and {here.get(k)} here. Go on with the same model")
     get_model(self.model).load_state_dict(d['model'])
     self.opt.load_state_dict(d['opt'])
     if d['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(d['scaler'])
@@ -446,10 +465,11 @@ def _continue(self:HBACallback):
     inner_dl(self.dls.train).rng.setstate(d['train_rng'])
     set_rng_state(d['rng'])
 
-# %% ../nbs/07_callback.ipynb #9b4b097f
+# %% ../nbs/07_callback.ipynb #15685910
 @patch
 def report(self:HBACallback) -> pd.DataFrame:
-    "Say in plain words which operations λ favours by signal and which by noise; returns per operation the signal (above 0: more of it lowers the validation loss), probabilities and magnitudes of both copies"
+    """Say in plain words which operations λ favours by signal and which by noise; returns per operation the signal
+    (above 0: more of it lowers the validation loss), probabilities and magnitudes of both copies"""
     if self.adam is None or not self.moments[0].max(): raise ValueError("The report needs hyper-steps and none was made: fit first, longer than the warm-up")
     df = evidence(self.moments, *(self.space.named(l) for l in (self.lam,self.points[0][1])))
     moved = self.hnet is None or any(v.abs().max()>0 for l in self.hnet.layers for v in l.V.values())

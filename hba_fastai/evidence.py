@@ -44,14 +44,16 @@ def in_words(df:pd.DataFrame) -> str:
     care = f"The two copies went different ways for {', '.join(split)}, so take these with care. " if split else ''
     return f"{len(more+less)} of {len(df)} operations moved by signal: {moved}. {care}The other moves are no larger than noise makes them."
 
-# %% ../nbs/06f_evidence.ipynb #e00bd767
+# %% ../nbs/06f_evidence.ipynb #25ae0e81
 def hindrances(provenance:dict, moved:bool) -> list:
     "Why a search could find nothing, from what its schedule says of it and whether the response to the policy moved; one sentence each"
     out,rates,classes = [],provenance.get('lr') or [1],provenance.get('target_classes')
     if max(rates)==0: out.append("The learning rate was 0, so neither the weights nor the response to the policy could learn: fit with a rate above 0")
-    elif not moved: out.append("The response to the policy never moved, because its layer is frozen or learns nothing: unfreeze the model, or choose another strategy")
+    elif not moved: out.append("The response to the policy never moved, because its layer is frozen or learns nothing: "
+        "unfreeze the model, or choose another strategy")
     if classes and sum(n>0 for n in classes.values())==1:
-        out.append(f"All images of the hyper-steps are of one class, {first_key(classes)!r}, so their loss says nothing about telling classes apart: give images of every class")
+        out.append(f"All images of the hyper-steps are of one class, {first_key(classes)!r}, "
+            "so their loss says nothing about telling classes apart: give images of every class")
     return out
 
 def first_key(d): return next(k for k,n in d.items() if n>0)

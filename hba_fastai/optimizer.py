@@ -25,7 +25,7 @@ def fastest(learn) -> list: # True for each group that learns fastest
     total = np.array(rates(learn)).sum(0)
     return (total>=total.max()*(1-1e-6)).tolist()
 
-# %% ../nbs/06d_optimizer.ipynb #532e14bb
+# %% ../nbs/06d_optimizer.ipynb #faa3f79d
 def regrouped(
     groups,      # Parameter groups of an optimizer
     params:list, # `[(new parameter, the layer's own parameter that it follows)]`, of `HyperNet.params`
@@ -35,7 +35,8 @@ def regrouped(
     new = [list(g) for g in groups]
     for p,like in params:
         own = first(i for i,g in enumerate(groups) if any(q is like for q in g))
-        if own is None: raise ValueError(f"The optimizer does not hold the hyper-layer's weight of shape {tuple(like.shape)}: give it all parameters of the model, or choose another strategy")
+        if own is None: raise ValueError(f"The optimizer does not hold the hyper-layer's weight of shape {tuple(like.shape)}: "
+            "give it all parameters of the model, or choose another strategy")
         new[own if not fast or fast[own] else max(i for i,f in enumerate(fast) if f)].append(p)
     return new
 

@@ -132,17 +132,18 @@ def insert(self:PolicyCallback, policy, lam, sigma):
         self.generator = torch.Generator(device).manual_seed(self.base_seed + rank_distrib()) # each process draws its own
     self.tfm = self.undo.enter_context(policy_in(self.dls, policy.to(self.generator.device), lam, sigma, self.generator))
 
-# %% ../nbs/06e_replay.ipynb #ef867b76
+# %% ../nbs/06e_replay.ipynb #3ba6b3dd
 def as_schedule(o) -> Schedule:
     "The schedule of a `Schedule`, the name of its file, a callback that searched, or its Learner"
     if isinstance(o, Schedule): return o
     if isinstance(o, Learner): return o.hba_schedule
     if isinstance(o, (str,Path)): return Schedule.load(o)
-    if not isinstance(o, PolicyCallback): raise TypeError(f"A {type(o).__name__} is no schedule: give a Schedule, the name of its file, a callback that searched, or its Learner")
+    if not isinstance(o, PolicyCallback): raise TypeError(f"A {type(o).__name__} is no schedule: give a Schedule, the name of its file, "
+        "a callback that searched, or its Learner")
     if o.schedule is None: raise ValueError(f"This {type(o).__name__} has no schedule yet, because no search has run with it: fit with it first")
     return o.schedule
 
-# %% ../nbs/06e_replay.ipynb #423a11af
+# %% ../nbs/06e_replay.ipynb #bb4f1a09
 class ScheduleCallback(PolicyCallback):
     "Augment training batches by a `schedule`, stretched onto the course of training"
     def __init__(self,
@@ -165,4 +166,5 @@ class ScheduleCallback(PolicyCallback):
         found,here = self.schedule.provenance.get('augmentation'),augmentation(self.dls)
         if found is None or sorted(found)==sorted(here): return
         name = lambda l: ' and '.join(l) or 'no other augmentation'
-        warnings.warn(f"The schedule was found beside {name(found)} and this training has {name(here)}: search again with these transforms, or train with those")
+        warnings.warn(f"The schedule was found beside {name(found)} and this training has {name(here)}: "
+            "search again with these transforms, or train with those")

@@ -26,7 +26,7 @@ def population(lam:Tensor, sigma:float, n:int, generator:torch.Generator, active
     "λ_i = λ + ε_i of `n` samples, ε ~ N(0, σ²) (Eq. 12); hyperparameters that no operation uses stay at λ"
     return lam + sigma*active*torch.randn(n, len(lam), generator=generator, device=lam.device)
 
-# %% ../nbs/06c_transform.ipynb #9aee06b1
+# %% ../nbs/06c_transform.ipynb #e1f298e6
 class PolicyTransform(RandTransform):
     "Augments each input image of a training batch under its own λ"
     split_idx = 0
@@ -36,7 +36,7 @@ class PolicyTransform(RandTransform):
         sigma:float,      # Standard deviation of ε
         generator:torch.Generator, # Source of all randomness
         n_inp:int=1,      # Number of inputs in a batch; the rest are targets
-        order:int=20      # Place among the batch transforms: for float images after IntToFloatTensor (10); before the user's augmentation (30, 40) and Normalize (99)
+        order:int=20      # Place among the batch transforms: floats behind IntToFloatTensor (10), before the user's augmentation (30, 40) and Normalize (99)
     ):
         super().__init__(p=1.)
         store_attr('policy,lam,sigma,generator,n_inp,order')
@@ -80,16 +80,18 @@ def place_for(dls) -> int:
     x = first(o for o in peek(dls, after_batch=None) if isinstance(o, TensorImage))
     return scale.order-1 if x is not None and x.dtype==torch.uint8 else 20
 
-# %% ../nbs/06c_transform.ipynb #ea8d51d2
+# %% ../nbs/06c_transform.ipynb #9fd38b45
 def policy_for(dls, skip=(), limits:dict|None=None) -> tuple: # (PBAPolicy, two training items as a batch)
     "The policy for the images of `dls`: its fill is the mean of `Normalize`, without the operations that do not suit channels and targets"
     train = inner_dl(dls.train)
     if not isinstance(getattr(train, 'after_batch', None), Pipeline):
-        raise TypeError(f"The augmentation is a batch transform and {type(train).__name__} has none: make `dls` with fastai, e.g. ImageDataLoaders or DataBlock")
+        raise TypeError(f"The augmentation is a batch transform and {type(train).__name__} has none: make `dls` with fastai, "
+            "e.g. ImageDataLoaders or DataBlock")
     if not len(train): raise ValueError(f"The training set has {len(train.dataset)} items and gives no batch of {train.bs}: use a smaller `bs`")
     b = peek(dls)
     images = [o for o in b[:dls.n_inp] if isinstance(o, TensorImage)]
-    if not images: raise TypeError(f"The augmentation needs images and `dls` gives {', '.join(type(o).__name__ for o in b)}: use a data set whose inputs are TensorImage")
+    if not images: raise TypeError(f"The augmentation needs images and `dls` gives {', '.join(type(o).__name__ for o in b)}: "
+        "use a data set whose inputs are TensorImage")
     places = [type(o).__name__ for o in b[dls.n_inp:] if isinstance(o, (TensorImage,TensorMask,TensorPoint,TensorBBox))]
     if places: warnings.warn(f"The geometric operations would shift images against their targets ({places[0]}): they are left out")
     norm = first(t for t in train.after_batch.fs if isinstance(t, Normalize))
@@ -108,7 +110,7 @@ def policy_in(dls, policy:PBAPolicy, lam, sigma:float, generator:torch.Generator
         yield tfm
     finally: pipe.fs = pipe.fs.filter(lambda o: o is not tfm)
 
-# %% ../nbs/06c_transform.ipynb #30c0271e
+# %% ../nbs/06c_transform.ipynb #f82cf1e3
 def _augments(t) -> str:
     "Name of a random transform, with the parts that `aug_transforms` puts into one"
     parts = [type(f).__name__ for a in ('aff_fs','coord_fs','fs') for f in L(getattr(t, a, None))]
@@ -117,4 +119,5 @@ def _augments(t) -> str:
 def augmentation(dls) -> list:
     "Names of the user's own random transforms of the training items and batches"
     train = inner_dl(dls.train)
-    return [_augments(t) for pipe in (train.after_item,train.after_batch) for t in getattr(pipe, 'fs', []) if isinstance(t, RandTransform) and not isinstance(t, PolicyTransform)]
+    tfms = [t for pipe in (train.after_item,train.after_batch) for t in getattr(pipe, 'fs', [])]
+    return [_augments(t) for t in tfms if isinstance(t, RandTransform) and not isinstance(t, PolicyTransform)]
