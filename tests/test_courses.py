@@ -16,6 +16,7 @@ from hba_fastai.callback import HBACallback,ScheduleCallback
 from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.schedule import Schedule
 from hba_fastai.space import Space,TABLE7
+from hba_fastai.transform import population
 
 def split_learner(**kw): return small_learner(splitter=lambda m: [list(m[:4].parameters()),list(m[4:].parameters())], **kw)
 
@@ -224,3 +225,23 @@ def test_provenance_says_how_it_was_found():
     p = hba.schedule.provenance
     assert p['seed']==3 and p['lr']==[1e-2] and p['train_items']==200 and p['valid_items']==100 and p['classes']==10 and p['torch']==torch.__version__ and p['model']=='Sequential'
     assert {'fastai','date','why','layers','target','augmentation','batch_size'}<=set(p) and sum(p['target_classes'].values())==100
+
+@pytest.mark.parametrize('condition', ['dose','lambda'])
+def test_what_the_layers_respond_to_has_mean_zero(condition):
+    "z is centred on its expectation under λ+ε: over 100,000 draws each mean is within 5 standard errors of 0 (at the bare λ the largest is beyond 20)"
+    hba,zs = HBACallback(condition=condition, start=(0.3,0.3), seed=0),[]
+    class Many(Callback):
+        order = 40
+        def before_batch(self):
+            hba = self.learn.hba
+            if zs or not self.training: return
+            for _ in range(50):
+                hba.tfm.lam_i = population(hba.lam, hba.sigma, 2000, hba.generator, hba.tfm.active)
+                hba.tfm.drawn = hba.policy.draw(hba.tfm.lam_i, hba.generator)
+                zs.append(hba._z_batch())
+            hba.hnet.set(None)
+    small_learner().fit(1, cbs=[hba,Many()])
+    z = torch.cat(zs).double()
+    worst = lambda z: (z.mean(0).abs()/(z.std(0)/len(z)**0.5).clamp(min=1e-12)).max()
+    assert worst(z) < 5
+    if condition=='dose': assert worst(z + hba.ref - 5**0.5*hba.policy.expected(hba.start)) > 20
