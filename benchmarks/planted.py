@@ -21,7 +21,9 @@ from functools import partial
 from unittest import mock
 from common import *
 import hba_fastai.callback as hba_callback
-from hba_fastai.callback import SIGNAL,HBACallback
+import hba_fastai.transform as hba_transform
+from hba_fastai.callback import HBACallback
+from hba_fastai.evidence import SIGNAL
 from hba_fastai.session import digits_net
 from hba_fastai.data import digits
 from hba_fastai.ops import OPS,OP_NAMES
@@ -81,7 +83,9 @@ class Variant(HBACallback):
     def attach(self):
         super().attach()
         if self.travel: self.rate = self.travel/(self.n_epoch*len(self.dls.train)//self.T_train*self.T_val)
-        if self.hyper_bs: self.stream.dl = self.stream.dl.new(bs=self.hyper_bs)
+        if self.hyper_bs:
+            self.stream.bs = self.stream.dl.bs = self.hyper_bs
+            self.stream.go_to(0, 0)
         if self.decay:
             for p,_ in self.hnet.params: self.opt.state[p].pop('do_wd', None)
 
@@ -188,7 +192,7 @@ def run(task, config, shift, seed):
     learn = Learner(array_dls(a, b, c, vocab=CLASSES, bs=bs, batch_tfms=tfms), net(), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=wd)
     learn.remove_cb(ProgressCallback); learn.logger = quiet
     hba,t = Variant(seed=seed, **CONFIGS[config][1]),time.process_time()
-    with mock.patch.object(hba_callback, 'population', pairs if hba.antithetic else hba_callback.population):
+    with mock.patch.object(hba_transform, 'population', pairs if hba.antithetic else hba_transform.population):
         learn.fit(epochs, lr, cbs=[ParamScheduler({'lr': SchedCos(lr, 0.)}), NoValid(), hba])
     t = time.process_time()-t
     pixel,hard = doses(a[0][:256].float()/255, hba.lam.double())
