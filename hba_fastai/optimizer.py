@@ -61,14 +61,14 @@ def plain_state_dict(opt, plain:list, params:list) -> dict:
 # %% ../nbs/06d_optimizer.ipynb #f9bcf648
 @contextmanager
 def trained_with(opt, params:list, fast:list|None=None):
-    "Within, `opt` trains `params` too, see `regrouped`; gives the plain groups"
+    "Within, `opt` trains `params` too, see `regrouped`"
     plain = [list(g) for g in opt.param_lists]
     new = regrouped(plain, params, fast)
     try:
         for p,_ in params: opt.state[p] = {'do_wd': False}
         _set_groups(opt, new)
         _inner(opt).state_dict = lambda: plain_state_dict(opt, plain, params)
-        yield plain
+        yield
     finally:
         _inner(opt).__dict__.pop('state_dict', None)
         _set_groups(opt, plain)

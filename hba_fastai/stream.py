@@ -28,6 +28,7 @@ from fastai.torch_core import TensorCategory,to_device
 @contextmanager
 def own_draws(key:str):
     "Random numbers by `key` inside; afterwards the global random states are what they were"
+    # not fastai's `no_random`: it seeds every device, and puts back the state of CUDA alone
     gpu,seed = torch.cuda.is_initialized(),random.Random(key).getrandbits(32)
     states = random.getstate(),np.random.get_state(),torch.get_rng_state(),torch.cuda.get_rng_state_all() if gpu else []
     random.seed(seed); np.random.seed(seed); torch.default_generator.manual_seed(seed)

@@ -7,7 +7,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/target.html.md"""
 # %% auto #0
 __all__ = ['AS_DLS', 'NO_VALID', 'check_readable', 'class_names', 'FileItems', 'refuse_unknown', 'file_items', 'files_of',
            'warn_of_overlap', 'check_valid', 'training_batch', 'check_images', 'check_labels', 'check_batch',
-           'translate', 'count_classes', 'warn_of_missing', 'target_batches', 'HyperBatches', 'inner_dl']
+           'translate', 'count_classes', 'warn_of_missing', 'target_batches']
 
 # %% ../nbs/06b_target.ipynb #7b7b8531
 import numbers,os,warnings
@@ -32,7 +32,6 @@ from fastai.vision.core import PILImage,TensorImage
 from .data import ArrayDataset
 from .stream import HyperBatches,beside,has_items,hold_out,inner_dl,labels_of,one_label,own_draws,restricted,stream_of,vocab_of
 
-_all_ = ['HyperBatches','inner_dl']
 
 # %% ../nbs/06b_target.ipynb #51ab0222
 def _some(names, n=5): return ', '.join(map(str, names[:n])) + (f' and {len(names)-n} more' if len(names)>n else '')
