@@ -77,7 +77,8 @@ class HBACallback(PolicyCallback):
     ):
         store_attr(but='start')
         self._check(start)
-        self.space = PBAPolicy(skip=skip, limits=limits).space
+        policy = PBAPolicy(skip=skip, limits=limits)
+        self.space,self.skip = policy.space,policy.skip
         self.start = _start(start, self.space)
         self.lowest = self.start.clamp(max=self.space.start(floor))
         self.forget()
@@ -107,6 +108,7 @@ def _check(self:HBACallback, start):
     if self.resume and not self.checkpoint: raise ValueError("resume=True needs the name of a checkpoint and none is given: say `checkpoint='search'`")
     if not 0.001<=self.floor<1: raise ValueError(f"floor={self.floor} is a position within the ranges: it must be at least 0.001 and below 1")
     if not 0<=self.warmup<1: raise ValueError(f"warmup={self.warmup} is a share of the fit: it must be 0 or more and below 1")
+    if self.checkpoint: checkpoint_path(self.checkpoint, '') # refuses what is no name
     check_valid(self.valid)
 
 def _start(start, space:Space|None=None) -> Tensor: # λ (H,)
@@ -160,12 +162,13 @@ def warn_of_rates(learn, layers:list):
 @patch
 def before_fit(self:HBACallback):
     "Open the fit; read the checkpoint that it goes on from"
+    again = self.adam is None or self.total is None # it has not begun, or the last fit was stopped: the second fit of `fine_tune` goes on from the first
     PolicyCallback.before_fit(self)
     if not self.run: return
     self.loss0,self.losses,self.finite,self.cancelled = self.learn.loss_func,[],[],False
     self.undo.enter_context(self.columns())
     if self.checkpoint: self.settings = self._settings()
-    if self.resume and self.adam is None: self._read()
+    if self.resume and again: self._read()
 
 @patch
 @contextmanager
@@ -194,13 +197,13 @@ def attach(self:HBACallback):
     self.insert(self.policy, lambda: self.lam, self.sigma)
     self.stream = self.undo.enter_context(target_batches(self.learn, self.valid, self.base_seed, rank_distrib()))
     self.undo.callback(setattr, self, 'stream', None) # with its loader, which holds generators: `export` could not pickle them
-    if self.valid is None: warn_of_monitors(self.learn)
+    if self.valid is None or self.valid is self.dls.valid: warn_of_monitors(self.learn)
     self.lam,self.lowest = (o.to(self.generator.device) for o in (self.lam,self.lowest))
     chosen = select(get_model(self.model), tuple(o.as_subclass(Tensor) for o in b[:self.dls.n_inp]), self.strategy)
-    if not isinstance(self.valid, (numbers.Real,type(None))) and not self.points: warn_of_rates(self.learn, chosen.layers)
-    self.undo.callback(lambda: self.as_trained(False)) # before the layers are detached
     self.hnet = self.undo.enter_context(HyperNet(chosen.layers, len(self.z(self.lam)), self.base_seed, self.hnet, follow=not self.fast))
     self.undo.enter_context(trained_with(self.opt, self.hnet.params, fastest(self.learn) if self.fast else None))
+    self.undo.callback(lambda: self.as_trained(False)) # undone first
+    if not isinstance(self.valid, (numbers.Real,type(None))) and not self.points: warn_of_rates(self.learn, chosen.layers)
     check_hypergradient(self.hnet, get_model(self.model), lambda: self.target_loss(tuple(o[:2] for o in plain(self.stream.peek()))))
     self.begin(chosen.reason)
 
@@ -300,8 +303,8 @@ def hyper_step(self:HBACallback):
     "Move λ one step of Adam downhill on a validation batch (Eq. 11)"
     b,scaler = next(self.stream),getattr(self.learn, 'scaler', None)
     scale = scaler.scale(torch.ones_like(self.lam[0])) if scaler else 1.
-    ref = None if self.centred else torch.zeros_like(self.ref)
-    l,g = hypergradient(self.hnet, get_model(self.learn.model), lambda: self.target_loss(b), self.lam, self.z, scale, ref)
+    own = None if self.centred else torch.zeros_like(self.ref) # z of the layers' own weights
+    l,g = hypergradient(self.hnet, get_model(self.learn.model), lambda: self.target_loss(b), self.lam, self.z, scale, own)
     g = average(g)
     lam,self.adam,ok = adam(self.lam, g, self.adam, self.rate, self.joint)
     self.lam = lam.clamp(max=LAM_MAX).max(self.lowest)
@@ -351,7 +354,7 @@ def close(self:HBACallback, ended:bool=False):
     try:
         if attached: self._keep()
     finally: PolicyCallback.close(self, ended)
-    if attached: self.done = self.points[-1][0]
+    if self.points: self.done = self.points[-1][0] # also where all epochs of a resumed fit were done
 
 @patch
 def _keep(self:HBACallback):
@@ -397,7 +400,7 @@ def _settings(self:HBACallback) -> dict:
     "What must agree between a checkpoint and the fit that goes on"
     train = inner_dl(self.dls.train)
     own = {k:getattr(self, k) for k in 'T_train T_val sigma hlr condition centred floor warmup joint fast limits'.split()}
-    with target_batches(self.learn, self.valid, shared_seed(self.seed, 'cpu') if self.seed is not None else 0) as stream:
+    with target_batches(self.learn, self.valid, 0) as stream: # how many of each class does not depend on the seed
         target = dict(target=stream.what, target_items=stream.n, target_classes=stream.counts)
     search = dict(skip=list(self.skip), start=self.start.tolist(), strategy=self.strategy if isinstance(self.strategy, str) else 'modules')
     training = dict(model=type(get_model(self.model)).__name__, optimizer=_describe(self.opt), learning_rates=rates(self.learn))
@@ -433,8 +436,9 @@ def _read(self:HBACallback):
     "Before the fit: compare and load the checkpoint, and leave out the epochs that are done"
     if not self._file().exists(): return
     d = load_checkpoint(self._file(), self.dls.device)
-    if self.seed is not None: self.settings['seed'],d['settings']['seed'] = self.seed%2**62,d['seed']
-    refuse_differences(self._file(), d['settings'], _builtin(self.settings))
+    saved,now = d['settings'],_builtin(self.settings)
+    if self.seed is not None: saved,now = {**saved, 'seed': d['seed']},{**now, 'seed': self.seed%2**62}
+    refuse_differences(self._file(), saved, now)
     there,here = ({k: tuple(v.shape) for k,v in o.items()} for o in (d['model'],get_model(self.model).state_dict()))
     if there!=here:
         k = first(k for k in {**there,**here} if there.get(k)!=here.get(k))
@@ -443,9 +447,7 @@ def _read(self:HBACallback):
     get_model(self.model).load_state_dict(d['model'])
     self.opt.load_state_dict(d['opt'])
     if d['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(d['scaler'])
-    skip = SkipToEpoch(d['epoch'])
-    self.learn.add_cb(skip)
-    self.undo.callback(self.learn.remove_cb, skip)
+    self.undo.enter_context(self.learn.added_cbs(SkipToEpoch(d['epoch'])))
     self.lam,self.adam,self.moments,self.points = d['lam'],tuple(d['adam']),d['moments'],list(zip(d['at'], d['lams'].cpu()))
     for k in ('wait','count','done','total','seed','inactive'): setattr(self, k, d[k])
     self.provenance = d['provenance']

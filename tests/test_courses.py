@@ -89,6 +89,7 @@ def test_monitors_of_what_lambda_is_fitted_to_are_named_once(make, tmp_path):
     learn = small_learner(path=tmp_path)
     with pytest.warns(UserWarning, match='monitors .* on the images that the hyper-steps are fitted to') as w: learn.fit(2, cbs=[HBACallback(), make()])
     assert len([o for o in w if 'monitors' in str(o.message)])==1
+    with pytest.warns(UserWarning, match='monitors'): learn.fit(1, cbs=[HBACallback(valid=learn.dls.valid), make()])
     with warnings.catch_warnings():
         warnings.filterwarnings('error', '.*monitors')
         learn.fit(1, cbs=[HBACallback(valid=0.2), make()])
@@ -184,6 +185,10 @@ def test_layers_that_are_too_slow_for_a_target_are_named_once(train, match):
     import re
     assert len(said)==(match is not None) and (not match or re.search(match, said[0]))
 
+def test_an_optimizer_without_the_layer_is_refused_with_a_target_too():
+    learn = small_learner(splitter=lambda m: [list(m[4:].parameters())])
+    with pytest.raises(ValueError, match="does not hold the hyper-layer's weight"): learn.fit(1, cbs=HBACallback(valid=target()))
+
 # --- what a user forbids or bounds
 
 def test_forbidden_and_bounded_operations(tmp_path):
@@ -204,6 +209,11 @@ def test_forbidden_and_bounded_operations(tmp_path):
     ops.clear(); most[:] = [0.]
     small_learner().fit(2, cbs=[ScheduleCallback(s), See()])
     assert 'Invert' not in ops and len(ops)>=12 and max(most)<=10
+
+def test_one_operation_may_be_named_alone():
+    learn,hba = small_learner(),HBACallback(skip='Invert', seed=0)
+    learn.fit(1, cbs=hba)
+    assert hba.schedule.skip==['Invert'] and hba.schedule.inactive==[]
 
 def test_what_could_not_act_in_the_search_is_not_drawn_at_replay():
     "Color on grey images stays at its start, is marked, and has probability 0 where it could act"

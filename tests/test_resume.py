@@ -86,6 +86,31 @@ def test_a_finished_search_still_reports(tmp_path, capsys):
     small_learner(path=tmp_path).fit(3, cbs=hba2)
     assert hba.report().equals(hba2.report()) and sorted(o.name for o in (tmp_path/'models').iterdir())==['s.pth']
 
+def test_the_same_object_goes_on_where_it_was_stopped(tmp_path):
+    "As a cell of a notebook that is run again: the epochs that are done are left out, not added"
+    whole,other = HBACallback(seed=5),HBACallback(seed=5, checkpoint='s', resume=True)
+    small_learner().fit(4, 1e-2, cbs=whole)
+    learn = small_learner(path=tmp_path)
+    with pytest.raises(RuntimeError, match='power cut'): learn.fit(4, 1e-2, cbs=[other, Stop(2)])
+    learn.fit(4, 1e-2, cbs=other)
+    assert other.schedule==whole.schedule
+
+def test_a_finished_search_can_be_fitted_on(tmp_path):
+    small_learner(path=tmp_path).fit(2, cbs=HBACallback(checkpoint='s'))
+    learn,hba = small_learner(path=tmp_path),HBACallback(checkpoint='s', resume=True)
+    learn.fit(2, cbs=hba)
+    learn.fit(2, cbs=hba)
+    assert hba.schedule.progress.tolist()==[0,0.25,0.5,0.75,1]
+
+def test_a_seed_may_be_left_out_later(tmp_path):
+    "The checkpoint has it; another one is refused"
+    for i,seed in enumerate((5,5,None)):
+        with pytest.raises(RuntimeError, match='power cut'): small_learner(path=tmp_path).fit(4, cbs=[HBACallback(seed=seed, checkpoint='s', resume=True), Stop(i+1)])
+    with pytest.raises(CheckpointError, match='seed=5 and this search has 6'): small_learner(path=tmp_path).fit(4, cbs=HBACallback(seed=6, checkpoint='s', resume=True))
+
+def test_a_checkpoint_needs_a_name():
+    with pytest.raises(CheckpointError, match='must be the name of a file'): HBACallback(checkpoint=True)
+
 def test_what_may_differ_is_recorded(tmp_path):
     with pytest.raises(RuntimeError): small_learner(path=tmp_path).fit(2, cbs=[HBACallback(checkpoint='s'), Stop(1)])
     small_learner(path=tmp_path).fit(2, cbs=(hba:=HBACallback(checkpoint='s', resume=True)))
