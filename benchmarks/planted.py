@@ -75,8 +75,8 @@ TASKS = { # sets, network, batch, epochs, learning rate, weight decay, shifts, p
 class Variant(HBACallback):
     "`HBACallback` with what was tried and did not become an option"
     def __init__(self, travel=None, b1=0.9, antithetic=False, hyper_bs=None, gain=hba_callback.GAIN, decay=False, whiten=None, by_kind=False, bare=False, **kwargs):
-        super().__init__(**kwargs)
-        self.travel,self.b1,self.antithetic,self.hyper_bs,self.decay,self.whiten,self.by_kind = travel,b1,antithetic,hyper_bs,decay,whiten,by_kind
+        super().__init__(decay=decay, **kwargs)
+        self.travel,self.b1,self.antithetic,self.hyper_bs,self.whiten,self.by_kind = travel,b1,antithetic,hyper_bs,whiten,by_kind
         self.bare = bare and self.condition=='dose'
         self.scale = None if whiten else gain/hba_callback.GAIN if self.condition=='dose' else 1.
 
@@ -86,8 +86,6 @@ class Variant(HBACallback):
         if self.hyper_bs:
             self.stream.bs = self.stream.dl.bs = self.hyper_bs
             self.stream.go_to(0, 0)
-        if self.decay:
-            for p,_ in self.hnet.params: self.opt.state[p].pop('do_wd', None)
 
     def z(self, lam):
         "With `bare`: the mean dose at the bare λ. With `whiten`: features in units of their standard deviation at the start, times `whiten`"
@@ -125,11 +123,13 @@ B = {**D, 'start': (0.05,0.3), 'floor': 0.02}
 S = {**B, 'joint': True}
 W = {**S, 'warmup': 0.3}
 PAPER = {**FIRST, 'condition': 'lambda', 'centred': False}
+LETTER = {**PAPER, 'strategy': 'first_bn', 'fast': False, 'floor': None, 'hlr': 0.03}
 BARE = {'bare': True}
 CONFIGS = { # what it is, arguments
   'default': ('the defaults of the package: bare, the expectation taken under λ+ε', {}),
   'bare': ('W, features √5 times as long; the expectation taken at the bare λ, as in all rows below', BARE),
-  'paper': ('`HBACallback.paper()`', PAPER), 'paper_decay': ('the same, φ decayed', {**PAPER, 'decay': True}),
+  'letter': ("`HBACallback.paper()`, α' = 0.03", LETTER), 'letter_decay': ("the same, φ decayed, α' = 0.03", {**LETTER, 'decay': True}),
+  'paper': ("the paper's form, λ bounded, α' = 0.1", PAPER), 'paper_decay': ("the same, φ decayed, α' = 0.1", {**PAPER, 'decay': True}),
   'lambda': ('centred, conditioned on λ', {**FIRST, 'condition': 'lambda'}),
   'lambda_w': ('conditioned on λ, else as W', {**W, 'condition': 'lambda'}),
   'dose': ('centred, conditioned on the dose', D),

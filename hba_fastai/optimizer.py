@@ -60,12 +60,12 @@ def plain_state_dict(opt, plain:list, params:list) -> dict:
 
 # %% ../nbs/06d_optimizer.ipynb #f9bcf648
 @contextmanager
-def trained_with(opt, params:list, fast:list|None=None):
-    "Within, `opt` trains `params` too, see `regrouped`"
+def trained_with(opt, params:list, fast:list|None=None, decay:bool=False):
+    "Within, `opt` trains `params` too, see `regrouped`; its weight decay acts on them if `decay`"
     plain = [list(g) for g in opt.param_lists]
     new = regrouped(plain, params, fast)
     try:
-        for p,_ in params: opt.state[p] = {'do_wd': False}
+        for p,_ in params: opt.state[p] = {'do_wd': decay}
         _set_groups(opt, new)
         _inner(opt).state_dict = lambda: plain_state_dict(opt, plain, params)
         yield
