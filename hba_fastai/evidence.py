@@ -7,31 +7,45 @@ Docs: https://hba-fastai.github.io/hba-fastai/evidence.html.md"""
 # %% auto #0
 __all__ = ['SIGNAL', 'signal', 'evidence', 'in_words', 'hindrances']
 
-# %% ../nbs/06f_evidence.ipynb #a7fda219
+# %% ../nbs/06f_evidence.ipynb #a51f14a1
 import pandas as pd
 import torch
 from torch import Tensor
 from .space import *
 
-# %% ../nbs/06f_evidence.ipynb #133728e1
+# %% ../nbs/06f_evidence.ipynb #0af423aa
 SIGNAL = 2.
 
-def signal(moments:Tensor) -> Tensor: # Count, sum and sum of squares of the hypergradients (3,54) -> (15,)
-    "How far the hypergradients of each operation's probabilities add up, in units of what noise alone would; above 0: more of it lowers the validation loss"
-    n,(_,g,g2) = len(TABLE7),moments.cpu().double()
-    return -(g[:n]+g[n:2*n]) / (2*(g2[:n]+g2[n:2*n])).sqrt().clamp(min=1e-30)
+def signal(
+    total:Tensor,   # Sum of the hypergradients (H,)
+    squares:Tensor, # Sum of their squares (H,)
+    space:Space     # Whose hyperparameters they are
+) -> dict: # `{operation: number}`
+    "How far the hypergradients of each operation add up, in units of what noise alone would; above 0: more of it lowers the validation loss"
+    total,squares = total.cpu().double(),squares.cpu().double()
+    counts = {o: kinds.get('p') or sum(kinds.values(), []) for o,kinds in space.groups().items()} # probabilities, where there are any
+    noise = lambda i: (len(i)*squares[i].sum()).sqrt().clamp(min=1e-30)
+    return {o: (-total[i].sum()/noise(i)).item() for o,i in counts.items()}
 
-# %% ../nbs/06f_evidence.ipynb #2368831c
+# %% ../nbs/06f_evidence.ipynb #10f1d6c6
+def _row(space, kinds, last:dict, start:dict) -> dict:
+    "Values of an operation at the end, and whether its copies went the same way"
+    names = {k: [space.names[i] for i in idxs] for k,idxs in kinds.items()}
+    values = {f'{k}_{c}': last[n] for k,ns in names.items() for c,n in enumerate(ns)}
+    went_up = [last[n]>start[n] for n in next(iter(names.values()))]
+    return {**values, 'copies agree': len(set(went_up))==1}
+
 def evidence(
-    moments:Tensor, # Count, sum and sum of squares of the hypergradients (3,54)
+    gradients:Tensor, # Every hypergradient (steps,H)
+    space:Space,    # Whose hyperparameters they are
     last:dict,      # `{name: value}` of the last λ
     start:dict      # and of the first
 ) -> pd.DataFrame:
-    "Per operation: its signal, probabilities and magnitudes of both copies, and whether they went the same way; the largest signal first"
-    up = lambda o,c: last[f'{o}_{c}.p']>start[f'{o}_{c}.p']
-    values = lambda o: [last.get(f'{o}_{c}.{k}', float('nan')) for k in 'pm' for c in (0,1)]
-    rows = [[s, *values(o), up(o,0)==up(o,1)] for o,s in zip(TABLE7, signal(moments).tolist())]
-    return pd.DataFrame(rows, index=list(TABLE7), columns=['signal','p_0','p_1','m_0','m_1','copies agree']).sort_values('signal', ascending=False)
+    "Per operation: its signal, values of all its copies, and whether they went the same way; the largest signal first"
+    of = signal(gradients.sum(0), (gradients*gradients).sum(0), space)
+    rows = {o: {'signal': of[o], **_row(space, kinds, last, start)} for o,kinds in space.groups().items()}
+    df = pd.DataFrame.from_dict(rows, orient='index').sort_values('signal', ascending=False)
+    return df[['signal', *sorted((c for c in df if c not in ('signal','copies agree')), key=lambda c: ('pmv'.index(c[0]),c)), 'copies agree']]
 
 def in_words(df:pd.DataFrame) -> str:
     "What `evidence` found, in ASCII"
@@ -44,7 +58,7 @@ def in_words(df:pd.DataFrame) -> str:
     care = f"The two copies went different ways for {', '.join(split)}, so take these with care. " if split else ''
     return f"{len(more+less)} of {len(df)} operations moved by signal: {moved}. {care}The other moves are no larger than noise makes them."
 
-# %% ../nbs/06f_evidence.ipynb #25ae0e81
+# %% ../nbs/06f_evidence.ipynb #07dc3133
 def hindrances(provenance:dict, moved:bool) -> list:
     "Why a search could find nothing, from what its schedule says of it and whether the response to the policy moved; one sentence each"
     out,rates,classes = [],provenance.get('lr') or [1],provenance.get('target_classes')
