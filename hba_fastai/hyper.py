@@ -7,7 +7,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/hyper.html.md"""
 # %% auto #0
 __all__ = ['CONV', 'LINEAR', 'BN', 'NORM', 'KINDS', 'weighs_a_shape', 'is_kind', 'wrappable', 'HyperLayer', 'foldable',
            'evaluating', 'Ran', 'executed', 'Selected', 'select', 'HyperNet', 'hypergradient', 'check_hypergradient',
-           'adam_start', 'adam']
+           'adam', 'adam_start']
 
 # %% ../nbs/03_hyper.ipynb #99b8b742
 import copy,warnings
@@ -20,6 +20,7 @@ from torch import nn,Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from fastcore.basics import patch,listify
+from .lam import adam,adam_start
 
 # %% ../nbs/03_hyper.ipynb #55cd34a0
 CONV   = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -355,23 +356,5 @@ def check_hypergradient(net:HyperNet, model:nn.Module, loss):
     if lost: raise ValueError(f"No gradient of the validation loss reaches the hyper-layer `{lost[0]}`: run the layers from there on outside of torch.no_grad() "
                               "and checkpoint with use_reentrant=False or not at all (timm: `set_grad_checkpointing(False)`), or choose a strategy of later layers")
 
-# %% ../nbs/03_hyper.ipynb #4f176d53
-def adam_start(lam:Tensor) -> tuple:
-    "State of `adam` before its first step: two moments and the number of steps"
-    return torch.zeros_like(lam),torch.zeros_like(lam),lam.new_zeros(())
-
-def adam(
-    lam:Tensor, # λ (H,)
-    g:Tensor,   # Its gradient (H,)
-    state:tuple, # From `adam_start` or the last step
-    lr:float,   # Learning rate α'
-    joint:bool=False, # One second moment for all, the mean, instead of one for each
-    b1:float=0.9, b2:float=0.999, eps:float=1e-8
-) -> tuple: # (new λ, new state, whether the gradient was finite), on the device
-    "One step of Adam; λ and state stay as they are where the gradient is not finite"
-    ok = g.isfinite().all()
-    m,v,t = state
-    g = torch.where(ok, g, 0)
-    m1,v1,t1 = m.lerp(g, 1-b1),v.lerp(g*g, 1-b2),t+1
-    new = lam - lr*(m1/(1-b1**t1)) / (((v1.mean() if joint else v1)/(1-b2**t1)).sqrt()+eps)
-    return torch.where(ok, new, lam),tuple(torch.where(ok, a, b) for a,b in zip((m1,v1,t1), state)),ok
+# %% ../nbs/03_hyper.ipynb #1c7fbe70
+_all_ = ['adam','adam_start']
