@@ -278,7 +278,7 @@ def test_no_hyperparameter_falls_below_the_floor(floor):
     assert (u>=low-1e-6).all() and (u<2*low).any() # a step of 1 goes there
 
 def test_a_joint_second_moment_keeps_small_gradients_small():
-    from hba_fastai.hyper import adam,adam_start
+    from hba_fastai.lam import adam,adam_start
     lam,g = torch.zeros(3),torch.tensor([1.,0.01,0.])
     step = lambda joint: -adam(lam, g, adam_start(lam), 0.1, joint)[0]
     assert torch.allclose(step(False), torch.tensor([0.1,0.1,0.])) and torch.allclose(step(True)/step(True)[0], g)

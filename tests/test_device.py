@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conftest import small_net
 from hba_fastai.callback import HBACallback,LAM_MAX
 from hba_fastai.evidence import signal
-from hba_fastai.hyper import HyperNet,adam,adam_start,hypergradient
+from hba_fastai.hyper import HyperNet,hypergradient
+from hba_fastai.lam import adam,adam_start
 from hba_fastai.policy import PBAPolicy
 from hba_fastai.space import Space
 from torch._subclasses.fake_tensor import FakeTensorMode

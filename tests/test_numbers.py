@@ -8,7 +8,7 @@ from torch import nn
 from conftest import small_learner,small_net
 from hba_fastai.callback import HBACallback,LAM_MAX
 from hba_fastai.data import array_dls,digits,digits_dls
-from hba_fastai.hyper import adam,adam_start
+from hba_fastai.lam import adam,adam_start
 
 class Bad(HBACallback):
     "Every `every`-th hyper-validation batch holds an infinite pixel"
