@@ -10,7 +10,7 @@ from fastai.vision.core import TensorImage
 from torch import nn
 import torch.nn.functional as F
 from hba_fastai.data import array_dls
-from hba_fastai.ops import hole_lines
+from hba_fastai.pixels import hole_lines
 
 HERE = Path(__file__).resolve().parent
 

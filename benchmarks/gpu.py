@@ -1,11 +1,13 @@
-"""All that needs a GPU, in one run and one table: kernels against the eager operations, synchronisations, throughput, the end-to-end search. Use `benchmarks/gpu.sh`.
+"""All that needs a GPU, in one run and one table. Use `benchmarks/gpu.sh`.
 
     python benchmarks/gpu.py [--epochs 200] [--device cuda]
 
-End to end: WRN-40-2 on 4,000 images of CIFAR-10's shape (the JPEG archive if it is there, else noise: the seconds are the same), batch 128, 200 epochs, AMP.
-Writes results/gpu.json and .md.
+The policy by the kernels and without them; synchronisations; a whole search against the plain training: WRN-40-2 on
+4,000 images of CIFAR-10's shape (the JPEG archive if it is there, else noise: the seconds are the same), batch 128,
+200 epochs, AMP. Writes results/gpu.json and .md after each part; a part that fails is named there, the others go on, and
+the exit status is 1.
 """
-import argparse,time
+import argparse,time,traceback
 import torch
 from unittest import mock
 from fastai.callback.fp16 import MixedPrecision
@@ -15,10 +17,10 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from functools import partial
 from common import *
-import hba_fastai.ops as ops
-from hba_fastai.callback import HBACallback,PolicyTransform
+from hba_fastai import ops
+from hba_fastai.callback import HBACallback
 from hba_fastai.policy import PBAPolicy
-from hba_fastai.space import Space
+from hba_fastai.transform import PolicyTransform
 from surcharge import timed
 
 def milliseconds(f, device, n=30):
@@ -33,77 +35,133 @@ def milliseconds(f, device, n=30):
         out.append(a.elapsed_time(b))
     return float(np.median(out))
 
-def transform(device):
-    "The policy, eager and fused, per batch: milliseconds, images/s, bytes/s of the images read and written once, against a copy"
-    rows = []
-    for size,b in ((32,128),(32,512),(64,128),(224,64),(224,256)):
-        u,policy = torch.randint(0, 256, (b,3,size,size), dtype=torch.uint8, device=device),PBAPolicy().to(device)
-        lam = policy.space.start().expand(b,-1).to(device)
-        draw,big = policy.draw(lam),torch.randint(0, 256, (2**28 if device=='cuda' else 2**20,), dtype=torch.uint8, device=device)
-        r = dict(size=size, batch=b, draw=milliseconds(lambda: policy.draw(lam), device), fused=milliseconds(lambda: policy.apply(u, draw), device), copy_gb_s=2e-6*big.numel()/milliseconds(big.clone, device))
-        with mock.patch.object(ops, 'fused', lambda *a: False): r['eager'] = milliseconds(lambda: policy.apply(u, draw, dense=True), device)
-        todo,fill = ops.plan(draw.op, draw.m, draw.centre, size, size),torch.zeros(3, dtype=torch.uint8, device=device)
-        if ops.fused(u, todo.row):
-            t = torch.arange(256, device=device).to(torch.uint8).repeat(b,3,1)
-            r['kernel'] = milliseconds(lambda: ops.operate(u, draw.op[:,0], draw.m[:,0], t, todo.row[:,0], todo.col[:,0], todo.hole_row[:,0], todo.hole_col[:,0], fill), device)
-            r['kernel_gb_s'] = 2e-6*u.numel()/r['kernel']
-        rows.append(r)
-    return rows
+# --- the policy
+
+def transform(device, cases=((32,128),(32,512),(64,128),(224,64),(224,256))):
+    "The policy, eager and fused, per batch: milliseconds, and GB/s of images read and written once, against a copy"
+    return [one_size(device, *case) for case in cases]
+
+def one_size(device, size, b):
+    image = lambda *shape: torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    u,big,policy = image(b,3,size,size),image(2**28 if device=='cuda' else 2**20),PBAPolicy().to(device)
+    lam = policy.space.start().to(device).expand(b,-1)
+    drawn = policy.draw(lam)
+    r = dict(size=size, batch=b, draw=milliseconds(lambda: policy.draw(lam), device),
+             fused=milliseconds(lambda: policy.apply(u, drawn), device))
+    with mock.patch.object(ops, 'fused', lambda *a: False):
+        r['eager'] = milliseconds(lambda: policy.apply(u, drawn, dense=True), device)
+    r['copy_gb_s'] = 2e-6*big.numel()/milliseconds(big.clone, device)
+    kernel = one_kernel(u, drawn)
+    if kernel: r['kernel_gb_s'] = 2e-6*u.numel()/milliseconds(kernel, device)
+    return r
+
+def one_kernel(u, drawn):
+    "The launch that carries out the first slot of a draw, alone; None without the kernels"
+    todo = ops.plan(drawn.op, drawn.m, drawn.centre, *u.shape[2:])
+    if not ops.fused(u, todo.row): return None
+    op,m,*lines = (o[:,0].contiguous() for o in todo)
+    table = torch.arange(256, device=u.device).to(torch.uint8).repeat(*u.shape[:2],1)
+    fill = torch.zeros(u.shape[1], dtype=torch.uint8, device=u.device)
+    return lambda: ops.operate(u, op, m, table, *lines, fill)
+
+# --- synchronisations
 
 def strict(f):
-    "`f`, in which every synchronisation of the host is an error (fastai's own Recorder waits for the loss after each batch, outside of it)"
+    """`f`, in which every synchronisation of the host is an error
+    (fastai's own Recorder waits for the loss after each batch, outside of it)"""
     def g(*a, **k):
         torch.cuda.set_sync_debug_mode('error')
         try: return f(*a, **k)
         finally: torch.cuda.set_sync_debug_mode('default')
     return g
 
-def learner(device, data, amp=True):
-    learn = Learner(cifar_dls(data, bs=128, device=device), wrn(40,2).to(memory_format=torch.channels_last), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=0.005)
-    learn.remove_cb(ProgressCallback); learn.logger = quiet
-    if amp: learn.add_cb(MixedPrecision(amp_mode='bf16') if device=='cuda' else Callback())
-    return learn
-
 def synchronisations(device, data):
-    "The parts of a training step and of a hyper-step that are ours, under the debug mode that makes a synchronisation an error"
-    learn,hba = learner(device, data),HBACallback(seed=0, warmup=0.)
+    "The parts of a training step and of a hyper-step that are ours, where a synchronisation is an error"
+    learn,hba,done = learner(device, data),HBACallback(seed=0, warmup=0.),[]
     learn.fit(1, 0.01, cbs=[NoValid(), hba]) # the first batch of a search looks at the images once
-    names,done = ['before_batch','before_backward','after_backward','after_step'],[]
     def apply(*a, inner=PBAPolicy.apply, **k): done.append('transform'); return strict(inner)(*a, **k)
-    with mock.patch.object(PBAPolicy, 'apply', apply),mock.patch.object(PBAPolicy, 'draw', strict(PBAPolicy.draw)):
-        for n in names: setattr(hba, n, strict(getattr(hba, n)))
+    with mock.patch.multiple(PBAPolicy, apply=apply, draw=strict(PBAPolicy.draw)):
+        for n in ('before_batch','before_backward','after_backward','after_step'):
+            setattr(hba, n, strict(getattr(hba, n)))
         step = hba.hyper_step
         def hyper_step():
             b = next(hba.stream) # the loader is the user's
-            with mock.patch.object(type(hba.stream), '__next__', lambda self: b): done.append('hyper'); strict(step)()
+            done.append('hyper')
+            with mock.patch.object(type(hba.stream), '__next__', lambda self: b): strict(step)()
         hba.hyper_step = hyper_step
         learn.fit(1, 0.01, cbs=[NoValid(), hba])
     return dict(transforms=done.count('transform'), hyper_steps=done.count('hyper'))
 
+# --- a whole search
+
+def learner(device, data, amp=True):
+    learn = Learner(cifar_dls(data, bs=128, device=device), wrn(40,2).to(memory_format=torch.channels_last),
+                    opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=0.005)
+    learn.remove_cb(ProgressCallback); learn.logger = quiet
+    if amp: learn.add_cb(MixedPrecision(amp_mode='bf16') if device=='cuda' else Callback())
+    return learn
+
 def end_to_end(device, data, epochs):
     "Seconds of a whole search, of the plain training, and the parts"
-    sync,out = torch.cuda.synchronize if device=='cuda' else (lambda: None),{}
-    def fit(cb, n):
+    sync,few = torch.cuda.synchronize if device=='cuda' else (lambda: None),max(epochs//10, 1)
+    search = lambda: HBACallback(seed=0, warmup=0.)
+    def fit(n, *cbs):
         learn = learner(device, data)
         sync(); t = time.perf_counter()
-        learn.fit(n, 0.05, cbs=[NoValid(), *cb])
+        learn.fit(n, 0.05, cbs=[NoValid(), *cbs])
         sync(); return time.perf_counter()-t
-    fit([HBACallback(seed=0, warmup=0.)], 2) # warm up and compile
-    out['plain'],out['search, with timers'] = fit([], max(epochs//10, 1))*epochs/max(epochs//10, 1),0.
-    with timed(PolicyTransform, '__call__', sync) as tr,timed(HBACallback, 'hyper_step', sync) as hy: t = fit([HBACallback(seed=0, warmup=0.)], max(epochs//10, 1))
-    out.update({'search, with timers': t*epochs/max(epochs//10, 1), 'share of the transform': sum(tr)/t, 'share of the hyper-steps': sum(hy)/t})
-    out['search'] = fit([HBACallback(seed=0, warmup=0.)], epochs)
-    return {**out, 'epochs': epochs}
+    fit(2, search()) # warm up and compile
+    plain = fit(few)*epochs/few
+    with timed(PolicyTransform, '__call__', sync) as tr,timed(HBACallback, 'hyper_step', sync) as hy:
+        t = fit(few, search())
+    timers = {'search, with timers': t*epochs/few, 'share of the transform': sum(tr)/t,
+              'share of the hyper-steps': sum(hy)/t}
+    return {'plain': plain, **timers, 'search': fit(epochs, search()), 'epochs': epochs}
+
+# --- the table
+
+def transform_lines(rows):
+    names = 'images','batch','draw ms','fused ms','eager ms','eager ÷ fused','images/s','one kernel GB/s','copy GB/s'
+    out = [f"| {' | '.join(names)} |", f"|{' --- |'*len(names)}"]
+    for r in rows:
+        times = [f'{r[k]:.3f}' for k in ('draw','fused','eager')]
+        speed = f"{r['eager']/r['fused']:.1f}",f"{1000*r['batch']/(r['draw']+r['fused']):,.0f}"
+        rates = [f"{r.get(k, float('nan')):.0f}" for k in ('kernel_gb_s','copy_gb_s')]
+        out.append(f"| {' | '.join([str(r['size']), str(r['batch']), *times, *speed, *rates])} |")
+    return out
+
+def synchronisation_lines(s):
+    if not s: return ['Synchronisations: not looked for without a GPU.']
+    return [f"No synchronisation in {s['transforms']} policy transforms and {s['hyper_steps']} hyper-steps."]
+
+def end_to_end_lines(e):
+    whole = f"search {e['search']:.1f} s, plain {e['plain']:.1f} s (a tenth of the epochs, times ten)"
+    share = "the transform takes {share of the transform:.1%}, the hyper-steps {share of the hyper-steps:.1%}".format(**e)
+    return [f"End to end, WRN-40-2, {e['epochs']} epochs of 31 steps: {whole}, ratio {e['search']/e['plain']:.2f}.",
+            f"Of a search with timers (which synchronise) {share}."]
+
+LINES = dict(transform=transform_lines, synchronisations=synchronisation_lines, end_to_end=end_to_end_lines)
 
 def table(d):
-    rows = ['| images | batch | draw ms | fused ms | eager ms | eager ÷ fused | images/s | one kernel GB/s | copy GB/s |','| --- | --- | --- | --- | --- | --- | --- | --- | --- |']
-    for r in d['transform']:
-        rows.append(f"| {r['size']} | {r['batch']} | {r['draw']:.3f} | {r['fused']:.3f} | {r['eager']:.3f} | {r['eager']/r['fused']:.1f} | {1000*r['batch']/(r['draw']+r['fused']):,.0f} | {r.get('kernel_gb_s', float('nan')):.0f} | {r['copy_gb_s']:.0f} |")
-    e,s = d['end_to_end'],d['synchronisations']
-    rows += ['', f"End to end, WRN-40-2, {e['epochs']} epochs of 31 steps: search {e['search']:.1f} s, plain {e['plain']:.1f} s (a tenth of the epochs, times ten), ratio {e['search']/e['plain']:.2f}. "
-             f"Of a search with timers (which synchronise) the transform takes {e['share of the transform']:.1%}, the hyper-steps {e['share of the hyper-steps']:.1%}.", '',
-             f"No synchronisation in {s['transforms']} policy transforms and {s['hyper_steps']} hyper-steps." if s else 'Synchronisations: not looked for without a GPU.', '']
-    return '\n'.join([*rows, footer(d['environment']), ''])
+    out = []
+    for part,lines in LINES.items():
+        if part in d: out += [*lines(d[part]), '']
+        if part in d['failed']: out += [f"**{part} failed**: {d['failed'][part]}", '']
+    return '\n'.join([*out, footer(d['environment']), ''])
+
+def write(parts):
+    "The results of each part `{name: function}`, written after each; True if none failed"
+    d = dict(failed={})
+    for name,f in parts.items():
+        try: d[name] = f()
+        except Exception as e:
+            traceback.print_exc()
+            d['failed'][name] = f'{type(e).__name__}: {e}'.splitlines()[0]
+        d['environment'] = environment()
+        save_json(RESULTS/'gpu.json', d)
+        (RESULTS/'gpu.md').write_text(table(d))
+    print(table(d))
+    return not d['failed']
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
@@ -112,10 +170,9 @@ if __name__=='__main__':
     a = ap.parse_args()
     try: sets = reduced_cifar(0)
     except SystemExit:
-        g = torch.Generator().manual_seed(0)
-        sets = [(torch.randint(0, 256, (n,3,32,32), dtype=torch.uint8, generator=g),torch.randint(0, 10, (n,), generator=g)) for n in (4000,10_000,1000)]
+        noise,g = lambda high,*shape: torch.randint(0, high, shape, generator=g),torch.Generator().manual_seed(0)
+        sets = [(noise(256,n,3,32,32).to(torch.uint8),noise(10,n)) for n in (4000,10_000,1000)]
     data = [(x.to(a.device),y.to(a.device)) for x,y in sets]
-    d = dict(transform=transform(a.device), synchronisations=synchronisations(a.device, data) if a.device=='cuda' else None, end_to_end=end_to_end(a.device, data, a.epochs), environment=environment())
-    save_json(RESULTS/'gpu.json', d)
-    (RESULTS/'gpu.md').write_text(table(d))
-    print(table(d))
+    sys.exit(not write(dict(transform=lambda: transform(a.device),
+                            synchronisations=lambda: synchronisations(a.device, data) if a.device=='cuda' else None,
+                            end_to_end=lambda: end_to_end(a.device, data, a.epochs))))

@@ -1,8 +1,11 @@
-import pytest, torch
+import torch
+from contextlib import contextmanager
+from unittest import mock
 from fastai.callback.all import ProgressCallback
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
+from hba_fastai import kernels
 from hba_fastai.data import digits_dls
 from torch import nn
 
@@ -21,3 +24,12 @@ def small_learner(seed=0, dls=None, model=None, n_train=200, n_valid=100, **kwar
     learn = Learner(dls, model or small_net(), metrics=accuracy, **kwargs)
     learn.logger = quiet
     return learn.remove_cb(ProgressCallback)
+
+@contextmanager
+def recorded():
+    "Within, the kernels are not launched: gives a list of what they would be launched with, `(name, grid, arguments)`"
+    class Kernel:
+        def __init__(self, name): self.name = name
+        def __getitem__(self, grid): return lambda *args: launches.append((self.name,grid,args))
+    launches = []
+    with mock.patch.multiple(kernels, _statistics=Kernel('_statistics'), _operate=Kernel('_operate')): yield launches
