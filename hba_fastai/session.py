@@ -18,6 +18,7 @@ from fastprogress.fastprogress import ConsoleProgressBar
 from .callback import *
 from .data import *
 from .folder import *
+from .items import check_readable
 from .replay import *
 from .schedule import *
 from .space import *
@@ -154,7 +155,7 @@ def search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed):
     train,valid,left_out = split_folder(path, seed)
     print(f"Checking {len(train)+len(valid)} images of {len(set(map(parent_label, train)))} classes in {path}", flush=True)
     if left_out: print('Left out: ' + ', '.join(f"{k} ({n} image{'s'[:n>1]})" for k,n in left_out.items()), flush=True)
-    check_images([*train, *valid])
+    check_readable([*train, *valid], f'the folder {path}', rgb=True)
     set_seed(seed)
     learn = folder_learner(folder_dls(train, valid, size, bs, seed), arch, size)
     say_plan(learn, hba, epochs, out)

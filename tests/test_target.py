@@ -316,8 +316,8 @@ def test_a_folder_for_data_that_fastai_does_not_read(root):
     (1.,ValueError,'between 0 and 1'), (-0.1,ValueError,'between 0 and 1'), (float('nan'),ValueError,'between 0 and 1'), (30.,ValueError,'between 0 and 1'),
     ([],ValueError,'valid is an empty list'), ('no/such',ValueError,"valid='no/such' does not exist"),
     (__file__,ValueError,'is a file and not a folder'),
-    ([1,2],TypeError,'valid is a list with a int in it'),
-    ({},TypeError,'valid is a dict'), (object(),TypeError,'valid is a object'), (DataLoaders(),ValueError,'without a loader')])
+    ([1,2],TypeError,'valid is a list that holds the type int: give'),
+    ({},TypeError,'valid is of type dict'), (object(),TypeError,'valid is of type object'), (DataLoaders(),ValueError,'without a loader')])
 def test_what_is_refused_at_once(valid, error, match):
     with pytest.raises(error, match=re.escape(match)): check_valid(valid)
 
@@ -381,9 +381,9 @@ def test_files_that_cannot_be_read(root, tmp_path):
     broken.write_bytes(broken.read_bytes()[:60])
     (tmp_path/'2'/'text.jpg').write_text('no image')
     for valid in (tmp_path, get_image_files(tmp_path)):
-        match = f'2 of 21 image files of (the folder|a list).* cannot be read, .*(text.jpg|{broken.name}).*: fix or remove them'
+        match = f'2 of 21 image files of (the folder|a list).* cannot be used, .*(text.jpg|{broken.name}).*: fix or remove them'
         with pytest.raises(ValueError, match=match): take(valid, folder(root))
-    match = 'valid is a list with 1 names that are no files, gone.png: give image files that are there'
+    match = 'valid is a list of 2 files and 1 cannot be found, gone.png: give image files that are there'
     with pytest.raises(ValueError, match=match): take([next(tmp_path.glob('4/*')),'gone.png'], folder(root))
 
 def test_folders_that_are_not_of_classes(root, tmp_path):
