@@ -14,7 +14,7 @@ from collections import Counter
 import torchvision
 from fastcore.script import CliError
 from fastai.vision.all import *
-from .stream import hold_out
+from .balance import hold_out
 
 # %% ../nbs/07b_folder.ipynb #692bfc11
 PARTS = 'train','valid','val','test'

@@ -23,8 +23,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import get_image_files
 from fastai.vision.core import TensorImage
+from .balance import hold_out,restricted
 from .items import *
-from .stream import HyperBatches,beside,has_items,hold_out,inner_dl,labels_of,own_draws,restricted,stream_of,vocab_of
+from .stream import HyperBatches,has_items,inner_dl,labels_of,own_draws,own_loader,stream_of,vocab_of
 
 # %% ../nbs/06b_target.ipynb #f7af9d86
 FORMS = ("None for `dls.valid`, a share or a number of training items to hold out, a folder, a list of image files, "
@@ -67,8 +68,8 @@ def training_batch(
     with own_draws('training batch'):
         if has_items(train):
             k = min(k, train.n)
-            dl = beside(train, 0, bs=k, shuffle=False, drop_last=False, get_idxs=partial(noop, range(k)))
-        else: dl = beside(train, 0) if isinstance(train, DataLoader) else train
+            dl = own_loader(train, 0, bs=k, shuffle=False, drop_last=False, get_idxs=partial(noop, range(k)))
+        else: dl = own_loader(train, 0) if isinstance(train, DataLoader) else train
         b = tuple(next(iter(dl)))
     return b,getattr(train.dataset, 'n_inp', vars(train).get('_n_inp') or max(len(b)-1, 1))
 
@@ -188,20 +189,22 @@ def _source(dls, valid, seed, undo) -> tuple:
                 "make it with a `valid_pct` above 0, or hold out a share of the training set with `valid=0.2`")
         return valid_dl,_all(valid_dl),bs,'the validation set'
     if isinstance(given, (DataLoader,torch_data.DataLoader)): return given,None,None,_a(given)
-    if isinstance(valid, DataLoaders): return inner_dl(valid.train),_all(inner_dl(valid.train)),None,'the training items of other DataLoaders'
-    model = valid_dl if isinstance(valid_dl, DataLoader) else train
+    if isinstance(valid, DataLoaders):
+        other = inner_dl(valid.train)
+        return other,_all(other),None,'the training items of other DataLoaders'
+    base = valid_dl if isinstance(valid_dl, DataLoader) else train
     if isinstance(valid, numbers.Real):
         what = f'a hold-out of {100*valid:g}% of the training set' if valid<1 else f'a hold-out of {valid} training items'
-        return beside(model, dataset=train.dataset),_held_out(train, valid, seed, undo),bs,what
+        return own_loader(base, dataset=train.dataset),_held_out(train, valid, seed, undo),bs,what
     files,folder,what = _files(valid)
     items = file_items(train.dataset, files, vocab_of(dls), what, folder)
-    return beside(model, dataset=items, n=len(items)),range(len(items)),bs,what
+    return own_loader(base, dataset=items, n=len(items)),range(len(items)),bs,what
 
 def _first_batch(stream):
     try: return stream.peek()
     except Exception as e:
-        fault = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
-        raise ValueError(f"{upper_first(stream.what)} cannot give its first batch ({fault}): give one that can be iterated") from e
+        why = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
+        raise ValueError(f"{upper_first(stream.what)} cannot give its first batch ({why}): give one that can be iterated") from e
 
 # %% ../nbs/06b_target.ipynb #a3dad209
 @contextmanager

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils import data as torch_data
 from conftest import small_learner,small_net
 from hba_fastai.data import array_dls,digits,digits_dls
-from hba_fastai.stream import HyperBatches,Order,hold_out,inner_dl,labels_of
+from hba_fastai.balance import Order,hold_out
+from hba_fastai.stream import HyperBatches,inner_dl,labels_of
 from hba_fastai.target import check_valid,target_batches
 
 NORM = Normalize.from_stats([0.3]*3, [0.3]*3, cuda=False)
