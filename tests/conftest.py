@@ -1,4 +1,4 @@
-import pytest, torch
+import torch
 from fastai.callback.all import ProgressCallback
 from fastai.learner import Learner
 from fastai.metrics import accuracy

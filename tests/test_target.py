@@ -2,7 +2,8 @@
 import multiprocessing,random,re,warnings
 from functools import cache
 import numpy as np, pandas as pd, pytest, torch
-from fastai.data.all import (CategoryBlock,DataBlock,DataLoader,DataLoaders,IntToFloatTensor,MultiCategoryBlock,Normalize,RandomSplitter,RegressionBlock,TfmdDL,Transform,
+from fastai.data.all import (CategoryBlock,DataBlock,DataLoader,DataLoaders,IntToFloatTensor,MultiCategoryBlock,Normalize,
+                             RandomSplitter,RegressionBlock,TfmdDL,Transform,
                              get_image_files,parent_label)
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -10,7 +11,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import ImageBlock,ImageDataLoaders,MaskBlock,PILImage,RandTransform,Resize,ToTensor,TransformBlock,aug_transforms
 from PIL import Image
 from torch.utils import data as torch_data
-from conftest import small_learner,small_net
+from conftest import small_net
 from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.balance import Order,hold_out
 from hba_fastai.stream import HyperBatches,inner_dl,labels_of
@@ -245,7 +246,8 @@ def test_what_augments_in_training_is_not_even_asked(root):
         split_idx = 0
         def encodes(self, x:PILImage): asked.append('data set'); return x
     set_seed(0)
-    block = DataBlock((TransformBlock(type_tfms=[PILImage.create,Own]),CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=lambda f: (range(120),[]),
+    block = DataBlock((TransformBlock(type_tfms=[PILImage.create,Own]),CategoryBlock), get_items=get_image_files,
+                      get_y=parent_label, splitter=lambda f: (range(120),[]),
                       item_tfms=[Resize(12),ToTensor], batch_tfms=[IntToFloatTensor,NORM,Ask])
     dls = block.dataloaders(root/'train', bs=20, num_workers=0)
     asked.clear()
