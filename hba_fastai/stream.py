@@ -169,8 +169,7 @@ def has_items(dl) -> bool:
 
 def _in_order(dl) -> bool:
     "Does `dl` take each item once, so that their order can be ours?"
-    if isinstance(dl, DataLoader):
-        return has_items(dl) and type(dl).get_idxs is DataLoader.get_idxs and 'get_idxs' not in vars(dl)
+    if isinstance(dl, DataLoader): return has_items(dl) and type(dl).get_idxs is DataLoader.get_idxs and 'get_idxs' not in vars(dl)
     s,kind = dl.sampler,type(dl.sampler)
     shuffles = kind is torch_data.RandomSampler and not s.replacement and s.num_samples==len(dl.dataset)
     return (shuffles or kind is torch_data.SequentialSampler) and type(dl.batch_sampler) is torch_data.BatchSampler

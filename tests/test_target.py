@@ -2,9 +2,8 @@
 import multiprocessing,random,re,warnings
 from functools import cache
 import numpy as np, pandas as pd, pytest, torch
-from fastai.data.all import (CategoryBlock,DataBlock,DataLoader,DataLoaders,IntToFloatTensor,MultiCategoryBlock,Normalize,
-                             RandomSplitter,RegressionBlock,TfmdDL,Transform,
-                             get_image_files,parent_label)
+from fastai.data.all import (CategoryBlock,DataBlock,DataLoader,DataLoaders,IntToFloatTensor,MultiCategoryBlock,Normalize,RandomSplitter,
+                             RegressionBlock,TfmdDL,Transform,get_image_files,parent_label)
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
