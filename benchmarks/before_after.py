@@ -1,4 +1,5 @@
-"""The transform of an earlier commit beside that of the working tree: from a batch of bytes to an augmented batch of floats in [0,1], as in a search. In turns, in one run.
+"""The transform of an earlier commit and that of the working tree: from a batch of bytes to an augmented batch of floats in [0,1],
+as in a search. In turns, in one run.
 
     python benchmarks/before_after.py COMMIT [--threads 2]
 
@@ -34,12 +35,15 @@ if __name__=='__main__':
         subprocess.run(f'git -C {HERE.parent} archive {a.commit} hba_fastai | tar x -C {tmp}', shell=True, check=True)
         for _ in range(a.rounds):
             for k,path in (('before',tmp),('after',HERE.parent)):
-                out = subprocess.run([sys.executable, '-W', 'ignore', '-c', WORK, a.threads, k], capture_output=True, text=True, check=True, env={**os.environ, 'PYTHONPATH': str(path)}, cwd='/').stdout
+                out = subprocess.run([sys.executable, '-W', 'ignore', '-c', WORK, a.threads, k], capture_output=True, text=True,
+                                     check=True, env={**os.environ, 'PYTHONPATH': str(path)}, cwd='/').stdout
                 for l in out.splitlines(): speed[k][l.split()[0]].append(float(l.split()[1]))
     d = dict(commit=a.commit, speed=speed, environment={**environment(), 'threads': int(a.threads)})
     save_json(RESULTS/'before_after.json', d)
     pm = lambda v: f'{np.median(v):,.0f} ({min(v):,.0f}, {max(v):,.0f})'
-    rows = [f"| {s}x{s}, batch {b} | {pm(speed['before'][s])} | {pm(speed['after'][s])} | {np.median(np.divide(speed['after'][s], speed['before'][s])):.2f} |" for s,b in (('32',128),('224',64))]
-    (RESULTS/'before_after.md').write_text('\n'.join([f'| images | before (commit {a.commit}), images/s | after | ratio, median of pairs |','| --- | --- | --- | --- |',*rows,'',
+    ratio = lambda s: np.median(np.divide(speed['after'][s], speed['before'][s]))
+    rows = [f"| {s}x{s}, batch {b} | {pm(speed['before'][s])} | {pm(speed['after'][s])} | {ratio(s):.2f} |" for s,b in (('32',128),('224',64))]
+    head = f'| images | before (commit {a.commit}), images/s | after | ratio, median of pairs |'
+    (RESULTS/'before_after.md').write_text('\n'.join([head,'| --- | --- | --- | --- |',*rows,'',
         footer(d['environment'], f'{a.rounds} rounds in turns'),'']))
     print((RESULTS/'before_after.md').read_text())

@@ -65,7 +65,8 @@ class Block(nn.Module):
 def wrn(depth=16, width=1, c=10):
     n,ws = (depth-4)//6,[16,16*width,32*width,64*width]
     blocks = [Block(ws[i] if j==0 else ws[i+1], ws[i+1], (1,2,2)[i] if j==0 else 1) for i in range(3) for j in range(n)]
-    m = nn.Sequential(nn.Conv2d(3,16,3,1,1,bias=False), *blocks, nn.BatchNorm2d(ws[3]), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ws[3],c))
+    m = nn.Sequential(nn.Conv2d(3,16,3,1,1,bias=False), *blocks, nn.BatchNorm2d(ws[3]), nn.ReLU(inplace=True),
+                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ws[3],c))
     for l in m.modules():
         if isinstance(l, nn.Conv2d): nn.init.kaiming_normal_(l.weight, mode='fan_out', nonlinearity='relu')
         if isinstance(l, nn.Linear): nn.init.zeros_(l.bias)
@@ -133,9 +134,12 @@ def error_on(learn, dl):
 def environment():
     "Command, versions, machine and date, for a result file; `stolen` is the share of processor time that other machines on the same host took since the start"
     import fastai,torchvision,hba_fastai
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if 'model name' in l), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
-    return dict(command=' '.join(['python',*sys.argv]), date=datetime.date.today().isoformat(), python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
-                torchvision=torchvision.__version__, hba_fastai=hba_fastai.__version__, machine=f'{cpu}, {os.cpu_count()} cores', threads=torch.get_num_threads(),
+    lines = open('/proc/cpuinfo') if os.path.exists('/proc/cpuinfo') else []
+    cpu = next((l.split(':')[1].strip() for l in lines if 'model name' in l), platform.processor())
+    return dict(command=' '.join(['python',*sys.argv]), date=datetime.date.today().isoformat(),
+                python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
+                torchvision=torchvision.__version__, hba_fastai=hba_fastai.__version__,
+                machine=f'{cpu}, {os.cpu_count()} cores', threads=torch.get_num_threads(),
                 stolen=round((_cpu()[1]-BEGAN[1])/max(_cpu()[0]-BEGAN[0], 1), 3), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 def footer(e, *more):

@@ -2,7 +2,8 @@
 
     python benchmarks/controls.py --task wrn16 --epochs 60 --seeds 0 1 2 [--worker 0/2]     # runs what is missing, then writes the table
 
-Tasks: wrn16 is WRN-16-1 in bfloat16 on 4,000/10,000/10,000 images of CIFAR-10 JPEG; small is WRN-10-1 on the same at 16 pixels. Batch 128, SGD as in the paper's Table 8.
+Tasks: wrn16 is WRN-16-1 in bfloat16 on 4,000/10,000/10,000 images of CIFAR-10 JPEG; small is WRN-10-1 on the same at 16 pixels.
+Batch 128, SGD as in the paper's Table 8.
 Each run appends a line to results/controls/TASK_EPOCHSep.jsonl; the table is results/controls.md. Seconds are CPU seconds of a process with one thread.
 """
 import argparse,ast,gc,time
@@ -37,7 +38,8 @@ def pba_magnitude(op, level):
     "PBA's level 0..9 in the units of our Table 7"
     l = level/10
     if op in ENHANCERS: return 0.1+1.8*l
-    return {'Rotate': int(30*l), 'TranslateX': int(10*l)/32, 'TranslateY': int(10*l)/32, 'ShearX': 0.3*l, 'ShearY': 0.3*l, 'Solarize': min(int(256*l), 255), 'Posterize': 4+int(4*l), 'Cutout': min(int(20*l)/32, 0.2)}.get(op)
+    return {'Rotate': int(30*l), 'TranslateX': int(10*l)/32, 'TranslateY': int(10*l)/32, 'ShearX': 0.3*l, 'ShearY': 0.3*l,
+            'Solarize': min(int(256*l), 255), 'Posterize': 4+int(4*l), 'Cutout': min(int(20*l)/32, 0.2)}.get(op)
 
 def pba_schedule(f, epochs=200):
     "A schedule of Population Based Augmentation as ours, without ε"
@@ -73,11 +75,14 @@ fixed = lambda: Schedule([0.], Space().values(_start(AT).double())[None])
 
 ARMS = { # name: what, Cutout?, transform of torchvision
   'none': ('no augmentation', False, None), 'flip_crop': ('flip + crop', False, None), 'cutout': ('flip + crop + Cutout', True, None),
-  'autoaugment': ('+ AutoAugment, CIFAR-10 policy', True, lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)), 'rand_1_5': ('+ RandAugment(1, 5)', True, lambda: v2.RandAugment(1, 5)),
+  'autoaugment': ('+ AutoAugment, CIFAR-10 policy', True, lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)),
+  'rand_1_5': ('+ RandAugment(1, 5)', True, lambda: v2.RandAugment(1, 5)),
   'rand_2_5': ('+ RandAugment(2, 5)', True, lambda: v2.RandAugment(2, 5)), 'rand_2_9': ('+ RandAugment(2, 9)', True, lambda: v2.RandAugment(2, 9)),
-  'trivial': ('+ TrivialAugmentWide', True, v2.TrivialAugmentWide), 'pba': ("+ PBA's published schedule", True, None), 'fixed': ('+ policy fixed at the start of a search', True, None),
+  'trivial': ('+ TrivialAugmentWide', True, v2.TrivialAugmentWide), 'pba': ("+ PBA's published schedule", True, None),
+  'fixed': ('+ policy fixed at the start of a search', True, None),
   'hba': ('+ HBA, search', True, None), 'replay': ('+ HBA, its schedule replayed', True, None), 'shuffled': ('+ the same schedule in random order', True, None),
-  'random': ('+ random schedule of the same strength', True, None), 'letter': ("+ HBA as in the paper, α' = 0.03, search", True, None), 'letter_replay': ("+ the same, replayed", True, None),
+  'random': ('+ random schedule of the same strength', True, None),
+  'letter': ("+ HBA as in the paper, α' = 0.03, search", True, None), 'letter_replay': ("+ the same, replayed", True, None),
   'paper': ("+ HBA in the paper's form, α' = 0.1, search", True, None), 'paper_replay': ("+ the same, replayed", True, None)}
 
 def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
@@ -88,7 +93,8 @@ def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
     found = lambda a: Schedule.load(RESULTS/'schedules'/f'{task}_{epochs}ep_{a}_seed{seed}.json')
     search = {'hba': lambda: HBACallback(seed=seed), 'letter': lambda: HBACallback.paper(seed=seed),
               'paper': lambda: HBACallback.paper(seed=seed, hlr=None, floor=0.001)}.get(arm)
-    replay = {'fixed': fixed, 'pba': lambda: pba_schedule(SHARED/'data'/'pba'/'rcifar10_16_wrn.txt'), 'replay': lambda: found('hba'), 'paper_replay': lambda: found('paper'), 'letter_replay': lambda: found('letter'),
+    replay = {'fixed': fixed, 'pba': lambda: pba_schedule(SHARED/'data'/'pba'/'rcifar10_16_wrn.txt'), 'replay': lambda: found('hba'),
+              'paper_replay': lambda: found('paper'), 'letter_replay': lambda: found('letter'),
               'shuffled': lambda: shuffled(found('hba'), seed), 'random': lambda: random_like(found('hba'), seed)}.get(arm)
     cb = search() if search else ScheduleCallback(replay(), seed=seed) if replay else None
     set_seed(seed if search else seed+1000) # a replay starts from other weights than its search; so do the controls
@@ -111,13 +117,16 @@ def table():
         rs = {(r['arm'],r['seed']): r for r in map(json.loads, f.read_text().splitlines())}
         task,epochs = f.stem.split('_')
         seeds = sorted({s for _,s in rs})
-        out += [f"**{task}**, {epochs.removesuffix('ep')} epochs, seeds {', '.join(map(str, seeds))}", '', '| training | test error % | minus that of the replay, paired | CPU s |', '| --- | --- | --- | --- |']
+        out += [f"**{task}**, {epochs.removesuffix('ep')} epochs, seeds {', '.join(map(str, seeds))}", '',
+                '| training | test error % | minus that of the replay, paired | CPU s |', '| --- | --- | --- | --- |']
         for arm,(what,*_) in ARMS.items():
             r = [rs[arm,s] for s in seeds if (arm,s) in rs]
             if not r: continue
             d = [rs[arm,s]['test_error']-rs['replay',s]['test_error'] for s in seeds if (arm,s) in rs and ('replay',s) in rs]
             pm = lambda v,sign='': f'{{:{sign}.2f}} ± {{:.2f}}'.format(*mean_se(v)) if len(v)>1 else f'{v[0]:{sign}.2f}'
-            out.append(f"| {what} | {pm([o['test_error'] for o in r])}{'' if len(r)==len(seeds) else f' ({len(r)} of {len(seeds)} seeds)'} | {pm(d, '+') if d and arm!='replay' else ''} | {np.mean([o['cpu_seconds'] for o in r]):.0f} |")
+            missing = '' if len(r)==len(seeds) else f' ({len(r)} of {len(seeds)} seeds)'
+            difference = pm(d, '+') if d and arm!='replay' else ''
+            out.append(f"| {what} | {pm([o['test_error'] for o in r])}{missing} | {difference} | {np.mean([o['cpu_seconds'] for o in r]):.0f} |")
         e = next(reversed(rs.values()))['environment']
         out += ['', f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
     return '\n'.join(['The same training for all; mean ± standard error over seeds. Validation images are used by the searches alone.', '', *out])

@@ -4,7 +4,7 @@
 
 Ratios to the first entry of each row, all measured in turns in one run; hyper-steps in CPU seconds on a CPU. Writes results/growth_DEVICE.json and .md.
 """
-import argparse,time
+import argparse
 import torch
 from unittest import mock
 from common import *
@@ -23,7 +23,8 @@ def one(b, size, copies, device):
 
 def transform_rows(device, rounds, sync):
     out = {}
-    for what,cases in {'batch (32 pixels)': {b: one(b, 32, 2, device) for b in (32,128,512)}, 'pixels (batch 64)': {s: one(64, s, 2, device) for s in (32,64,128,224)},
+    for what,cases in {'batch (32 pixels)': {b: one(b, 32, 2, device) for b in (32,128,512)},
+                       'pixels (batch 64)': {s: one(64, s, 2, device) for s in (32,64,128,224)},
                        'H (batch 128, 32 pixels)': {len(Space(c)): one(128, 32, c, device) for c in (1,2,4,8)}}.items():
         speed = measure(cases, 1, rounds, 0.2, sync) # batches per second
         out[f'transform: {what}'] = {str(k): [float(np.median(speed[k0:=next(iter(cases))])/np.median(v)), 1000/float(np.median(v))] for k,v in speed.items()}
@@ -41,7 +42,8 @@ def hyper_rows(device, rounds, sync):
             layers[n].append(sum(t)/3)
         for n in steps: steps[n].append(seconds(learn, HBACallback(T_val=n, seed=0, warmup=0.) if n else None, sync))
     med = lambda d: {str(k): [float(np.median(v)/np.median(d[next(iter(d))])), 1000*float(np.median(v))] for k,v in d.items()}
-    return {'hyper-step: number of hyper-layers (batch norms of WRN-16-2)': med(layers), 'search of 6 batches: hyper-steps after every second one (0: plain)': med(steps)}
+    return {'hyper-step: number of hyper-layers (batch norms of WRN-16-2)': med(layers),
+            'search of 6 batches: hyper-steps after every second one (0: plain)': med(steps)}
 
 def table(d):
     rows = [f"| {k} | {', '.join(f'{n}: {r:.2f} ({ms:.1f} ms)' for n,(r,ms) in v.items())} |" for k,v in d['rows'].items()]

@@ -92,7 +92,8 @@ REMEDIES = {'nothing': 'no search', 'a': '(a) φ in the group of its layer', 'b'
             'c': '(c) φ and the layers up to the responding one at the highest rate', 'd': '(d) φ and the whole first group at the highest rate',
             **{f'{r}w': f'({r}), λ frozen while layers are, and warm-up after that' for r in 'abd'},
             'default': 'the package since: φ at the highest rate, and `fine_tune` one course with one warm-up'}
-ARMS = [(f,r) for f in FLOWS for r in REMEDIES if f=='fine_tune' or f=='slice' and 'w' not in r or r in ('nothing','a','default')] # else the remedies change nothing
+ARMS = [(f,r) for f in FLOWS for r in REMEDIES # elsewhere the remedies change nothing
+        if f=='fine_tune' or f=='slice' and 'w' not in r or r in ('nothing','a','default')]
 
 def at_highest(opt, ps):
     "Let `ps` learn at the rate of the group with the highest one (ties: stay); returns the function that undoes it"

@@ -1,4 +1,5 @@
-"""HBA as the first version of this package had it, end to end on real images (`controls.py` is its successor): WRN-16-1 on 4,000 images of CIFAR-10 JPEG (10,000 validation, 10,000 test), batch 128.
+"""HBA as the first version of this package had it, end to end on real images (`controls.py` is its successor): WRN-16-1 on
+4,000 images of CIFAR-10 JPEG (10,000 validation, 10,000 test), batch 128.
 
     python benchmarks/reduced_cifar.py --epochs 40 --seeds 0 1      # runs what is missing, then writes the table
 
@@ -15,7 +16,6 @@ from fastai.torch_core import set_seed
 from functools import partial
 from common import *
 from hba_fastai.callback import HBACallback,ScheduleCallback
-from hba_fastai.schedule import Schedule
 
 OUT = RESULTS/'reduced_cifar'
 
@@ -28,7 +28,8 @@ def train(seed, epochs, cbs=None, cutout=True, depth=16, width=1, lr=0.05, wd=0.
     lrs = ParamScheduler({'lr': SchedCos(lr, 0.)})
     t = time.perf_counter()
     learn.fit(epochs, lr, cbs=[lrs, NoValid(), *L(cbs)])
-    return learn,dict(seconds=round(time.perf_counter()-t,1), valid_error=error_on(learn, dls[1]), test_error=error_on(learn, dls[2]), train_loss=learn.recorder.losses[-1].item())
+    return learn,dict(seconds=round(time.perf_counter()-t,1), valid_error=error_on(learn, dls[1]),
+                      test_error=error_on(learn, dls[2]), train_loss=learn.recorder.losses[-1].item())
 
 def run(arm, seed, epochs):
     "One arm of one seed -> its entry in the result file"
@@ -56,11 +57,14 @@ def table(runs):
             if not rs: continue
             pm = lambda k: '{:.2f} ± {:.2f}'.format(*mean_se([r[k] for r in rs]))
             ratio = [r['seconds']/plain[r['seed']]['seconds'] for r in rs if r['seed'] in plain]
-            rows.append(f"| {name} | {epochs} | {len(rs)} | {pm('valid_error')} | {pm('test_error')} | {mean_se([r['seconds'] for r in rs])[0]:.0f} | {mean_se(ratio)[0]:.2f} |")
+            seconds = mean_se([r['seconds'] for r in rs])[0]
+            errors = f"{pm('valid_error')} | {pm('test_error')}"
+            rows.append(f"| {name} | {epochs} | {len(rs)} | {errors} | {seconds:.0f} | {mean_se(ratio)[0]:.2f} |")
     e = runs[-1]['environment']
     return '\n'.join([f"WRN-16-1, 4,000 training / 10,000 validation / 10,000 test images of CIFAR-10 as JPEG, batch 128; mean ± standard error over seeds. "
                       f"The hyper-steps of a search use the validation images, so its validation error is optimistic.", '', *rows, '',
-                      f"`{e['command']}`, {e['date']}, torch {e['torch']}, fastai {e['fastai']}, {e['machine']}, {e['threads']} thread(s) per run, two runs side by side.",''])
+                      f"`{e['command']}`, {e['date']}, torch {e['torch']}, fastai {e['fastai']}, {e['machine']}, "
+                      f"{e['threads']} thread(s) per run, two runs side by side.",''])
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()

@@ -31,12 +31,14 @@ def save_checkpoint(fname, d:dict) -> Path: # `fname`
 
 # %% ../nbs/06_checkpoint.ipynb #20223461
 def _check_version(fname, data:bytes):
-    "Raise unless `data` begins as `save_checkpoint` lets it begin"
+    "Raise unless `data` begins as a checkpoint of this version does"
     version = lambda b: (re.match(rb'hba-fastai checkpoint (\d+)\n', b[:len(MAGIC)+9]) or [0,0])[1]
     v,ours = int(version(data)),int(version(MAGIC))
-    if 0<v<ours: raise CheckpointError(f"{fname} was written by an older version of hba-fastai and cannot be continued: start a new search with another name")
+    if 0<v<ours: raise CheckpointError(f"{fname} was written by an older version of hba-fastai and cannot be continued: "
+        "start a new search with another name")
     if v>ours: raise CheckpointError(f"{fname} was written by a newer version of hba-fastai: update hba-fastai to continue it")
-    if not data.startswith(MAGIC): raise CheckpointError(f"{fname} does not begin as a checkpoint: give a file that `HBACallback(checkpoint=...)` wrote")
+    if not data.startswith(MAGIC): raise CheckpointError(f"{fname} does not begin as a checkpoint: "
+        "give a file that `HBACallback(checkpoint=...)` wrote")
 
 def load_checkpoint(fname, device='cpu') -> dict:
     "Read what `save_checkpoint` wrote"
@@ -46,9 +48,8 @@ def load_checkpoint(fname, device='cpu') -> dict:
     if hashlib.sha256(data[n:]).hexdigest().encode()+b'\n' != data[len(MAGIC):n]:
         raise CheckpointError(f"{fname} is damaged, its content and its digest disagree: use an earlier copy, or start anew")
     try: return torch.load(io.BytesIO(data[n:]), map_location=device, weights_only=True)
-    except Exception as e:
-        raise CheckpointError(f"{fname} holds more than tensors, numbers and text ({type(e).__name__}): "
-                              "give a file that `HBACallback(checkpoint=...)` wrote") from None
+    except Exception as e: raise CheckpointError(f"{fname} holds more than tensors, numbers and text ({type(e).__name__}): "
+        "give a file that `HBACallback(checkpoint=...)` wrote") from None
 
 # %% ../nbs/06_checkpoint.ipynb #989448b6
 def checkpoint_path(
@@ -90,7 +91,8 @@ def refuse_differences(fname, saved:dict, now:dict):
     (k,*values),*others = odd
     a,b = _cut(*values)
     more = f" (and {len(others)} more {'setting differs' if len(others)==1 else 'settings differ'})" if others else ''
-    raise CheckpointError(f"{fname} was made with {k}={a} and this search has {b}{more}: go on with the same settings, or start a new search with another name")
+    raise CheckpointError(f"{fname} was made with {k}={a} and this search has {b}{more}: "
+        "go on with the same settings, or start a new search with another name")
 
 # %% ../nbs/06_checkpoint.ipynb #8343d8e1
 def rng_state() -> dict:

@@ -10,7 +10,7 @@ __all__ = ['interrupt_once', 'as_command', 'hba_search']
 # %% ../nbs/08_cli.ipynb #28c23f04
 import os,signal,sys,time,warnings
 from contextlib import contextmanager,nullcontext
-from fastcore.script import call_parse,CliError,is_cli
+from fastcore.script import call_parse,is_cli
 
 # %% ../nbs/08_cli.ipynb #420e601d
 def interrupt_once(seconds:float=2):
@@ -24,11 +24,12 @@ def interrupt_once(seconds:float=2):
 
 @contextmanager
 def as_command():
-    "A console that takes every text, figures without a display, and one sentence and status 130 after Ctrl-C"
+    "Within, the console shows any text, figures need no display, and Ctrl-C ends with one sentence and status 130"
     sys.stdout.reconfigure(errors='backslashreplace') # as stderr has it
     os.environ['MPLBACKEND'] = 'Agg'
     warnings.filterwarnings('ignore', message='`torch.jit.script`', category=FutureWarning) # of fastai's imports
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, interrupt_once()) # else the shell keeps Ctrl-C away
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: # else the shell keeps Ctrl-C away
+        signal.signal(signal.SIGINT, interrupt_once())
     try: yield
     except KeyboardInterrupt as e:
         print(f"\n{e}" if str(e) else "\nStopped before the search began: nothing was written", file=sys.stderr)
@@ -40,15 +41,15 @@ def as_command():
 # %% ../nbs/08_cli.ipynb #04869c2b
 @call_parse(pos='path')
 def hba_search(
-    path:str=None, # Folder with one sub-folder of images per class, or with such folders `train` and `valid`; default: the digits of scikit-learn
+    path:str=None, # Folder with a sub-folder of images per class, or with such folders `train` and `valid`; default: scikit-learn's digits
     arch:str='resnet18', # Model to search with, of torchvision or timm (not for the digits)
     epochs:int=30, # Length of the search
-    out:str='schedule.json', # File for the schedule; its picture goes beside it
+    out:str='schedule.json', # File for the schedule; its picture goes next to it
     size:int=224, # Size of the images in pixels (not for the digits)
     bs:int=64, # Batch size (not for the digits)
     lr:float=1e-3, # Learning rate (not for the digits)
     seed:int=0, # Seed of data split, weights and search
-    strategy:str=None, # Which layers respond to the augmentation, such as first_bn, first_norm or first_conv; default: that of HBACallback
+    strategy:str=None, # Layers that respond to the augmentation, such as first_bn, first_norm or first_conv; default: HBACallback's
     skip:str=None, # Operations that must not be used, such as Invert,Solarize
     limits:str=None, # Narrower ranges of magnitudes, such as Rotate=0:10,TranslateX=0:0.1
 ):

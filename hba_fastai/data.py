@@ -41,13 +41,13 @@ def array_dls(
 ) -> DataLoaders:
     "`DataLoaders` of image tensors in memory, shuffled for training only"
     device = device or default_device()
-    tfms = [IntToFloatTensor(), *L(batch_tfms)]
-    return DataLoaders(*[ArrayDL(ArrayDataset(x, y, vocab, min(i,1)), bs=bs, shuffle=i==0, drop_last=i==0, num_workers=0, after_batch=tfms, device=device)
-                         for i,(x,y) in enumerate(sets)], device=device)
+    kw = dict(bs=bs, num_workers=0, after_batch=[IntToFloatTensor(), *L(batch_tfms)], device=device)
+    dls = [ArrayDL(ArrayDataset(x, y, vocab, min(i,1)), shuffle=i==0, drop_last=i==0, **kw) for i,(x,y) in enumerate(sets)]
+    return DataLoaders(*dls, device=device)
 
 # %% ../nbs/05_data.ipynb #029451c0
 class HeldDL(TfmdDL):
-    "A `TfmdDL` that takes its batches out of `self.dataset.held`, its decoded items, whole, if the data set has them"
+    "A `TfmdDL` that takes whole batches out of `self.dataset.held`, the decoded items, if the data set has them"
     def create_batches(self, samps):
         if 'held' not in vars(self.dataset): return super().create_batches(samps)
         x,y = self.dataset.held
@@ -57,23 +57,29 @@ def _random(tfm): return isinstance(tfm, RandTransform) and not (isinstance(tfm,
 
 def _can_hold(dls, limit) -> bool:
     "Are these plain loaders of at most `limit` bytes of images with one label, without item transforms that draw at random?"
-    if any(type(dl) is not TfmdDL or len(dl.before_batch.fs) or any(map(_random, dl.after_item.fs)) for dl in dls.loaders): return False
+    plain = lambda dl: type(dl) is TfmdDL and not len(dl.before_batch.fs) and not any(map(_random, dl.after_item.fs))
+    if not all(map(plain, dls.loaders)): return False
     x,*y = dls.train.do_item(0)
-    image,label = isinstance(x, TensorImage) and x.dtype==torch.uint8,len(y)==1 and isinstance(y[0], TensorCategory) and not y[0].dim()
+    image = isinstance(x, TensorImage) and x.dtype==torch.uint8
+    label = len(y)==1 and isinstance(y[0], TensorCategory) and not y[0].dim()
     return image and label and x.numel()*sum(len(dl.dataset) for dl in dls.loaders)<=limit
 
 def _decoded(dl) -> tuple: # Images (N,C,H,W), uint8; labels (N,)
     "All items of `dl` in their order"
     state,n = get_random_states(),0
     for xb,yb in dl.new(shuffle=False, drop_last=False, after_batch=None, device='cpu'):
-        if not n: x,y = xb.new_empty(len(dl.dataset), *xb.shape[1:]).as_subclass(Tensor),yb.new_empty(len(dl.dataset)).as_subclass(Tensor)
-        x[n:n+len(xb)],y[n:n+len(xb)],n = xb,yb,n+len(xb)
+        if not n: x,y = (o.new_empty(len(dl.dataset), *o.shape[1:]).as_subclass(Tensor) for o in (xb,yb))
+        x[n:n+len(xb)],y[n:n+len(xb)] = xb,yb
+        n += len(xb)
     set_random_states(**state)
     return x,y
 
 @contextmanager
-def in_memory(dls:DataLoaders, limit:int=2**30):
-    "While it lasts, `dls` takes its items out of memory, if they are images with a label, the same in each epoch, and fit into `limit` bytes"
+def in_memory(
+    dls:DataLoaders,
+    limit:int=2**30 # Bytes that the images may take
+):
+    "Within, `dls` takes its items out of memory, if they are images with a label, the same in each epoch, and within the limit"
     loaders = [(dl,dl.fake_l.num_workers) for dl in dls.loaders] if _can_hold(dls, limit) else []
     try:
         for dl,_ in loaders: dl.dataset.held = _decoded(dl)
@@ -89,11 +95,20 @@ def digits(size:int=16) -> tuple: # Images (1797,3,size,size), uint8; labels (17
     "The digits of scikit-learn as RGB images"
     from sklearn.datasets import load_digits
     d = load_digits()
-    x = F.interpolate(torch.tensor(d.images, dtype=torch.float32)[:,None]/16, size, mode='bilinear', align_corners=False)
+    x = torch.tensor(d.images, dtype=torch.float32)[:,None]/16
+    x = F.interpolate(x, size, mode='bilinear', align_corners=False)
     return (x*255).round().byte().repeat(1,3,1,1),torch.tensor(d.target)
 
-def digits_dls(n_train:int=500, n_valid:int=500, bs:int=50, size:int=16, seed:int=0, **kwargs) -> DataLoaders:
+def digits_dls(
+    n_train:int=500, # Training images
+    n_valid:int=500, # Validation images
+    bs:int=50,       # Batch size
+    size:int=16,     # Height and width in pixels
+    seed:int=0,      # Of the split
+    **kwargs         # Of `array_dls`
+) -> DataLoaders:
     "`DataLoaders` of the digits: training, validation and a test set with the rest, at random"
     x,y = digits(size)
-    i = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split([n_train, n_valid, len(x)-n_train-n_valid])
-    return array_dls(*[(x[j],y[j]) for j in i], vocab=[str(o) for o in range(10)], bs=bs, **kwargs)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    parts = order.split([n_train, n_valid, len(x)-n_train-n_valid])
+    return array_dls(*[(x[i],y[i]) for i in parts], vocab=[str(o) for o in range(10)], bs=bs, **kwargs)

@@ -28,7 +28,7 @@ def _leftovers(fname:Path, host:str) -> list:
 
 # %% ../nbs/00b_files.ipynb #f8e5b1c2
 def write_whole(fname, data:bytes) -> Path: # `fname`
-    "Write `data` to `fname` so that, whatever happens, the old file or the new one is there; makes the folder"
+    "Write `data` to `fname` so that, whatever happens, the old file or the new one is there; the folder is made if needed"
     target = Path(os.path.realpath(fname))
     if not os.path.basename(fname) or target.exists() and not target.is_file():
         raise ValueError(f"{os.fspath(fname)!r} is a folder or a device: give the name of a file")

@@ -1,4 +1,4 @@
-"""The response φ in the user's optimizer: which group it learns in, and how the optimizer is put back
+"""The response φ in the user's optimizer: which group it learns in, and how the optimizer gets back what it had
 
 Docs: https://hba-fastai.github.io/hba-fastai/optimizer.html.md"""
 
@@ -14,11 +14,14 @@ from fastai.basics import *
 from fastai.callback.schedule import ParamScheduler
 
 # %% ../nbs/06d_optimizer.ipynb #32942d59
-def rates(learn, at=(0.,0.25,0.5,0.75,1.)) -> list: # For each point, the learning rate of each group
-    "Learning rates of the fit that begins, at points of its progress; constant ones as a single row"
+def rates(
+    learn,
+    progress=(0.,0.25,0.5,0.75,1.) # Where in the fit, from 0 to 1
+) -> list: # For each progress, the learning rate of each group; a single row where they are constant
+    "Learning rates of the fit that begins"
     n,sched = len(learn.opt.param_lists),first(cb for cb in learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds)
     if not sched: return [[float(h['lr']) for h in learn.opt.hypers]]
-    return [np.broadcast_to(sched.scheds['lr'](p), n).tolist() for p in at]
+    return [np.broadcast_to(sched.scheds['lr'](p), n).tolist() for p in progress]
 
 def fastest(learn) -> list: # True for each group that learns fastest
     "Which groups of the optimizer have the highest learning rate in the fit that begins"
@@ -29,28 +32,34 @@ def fastest(learn) -> list: # True for each group that learns fastest
 def regrouped(
     groups,      # Parameter groups of an optimizer
     params:list, # `[(new parameter, the layer's own parameter that it follows)]`, of `HyperNet.params`
-    fast:list|None=None # Which groups are fastest, from `fastest`; None: each stays with what it follows
+    fast:list|None=None # Which groups are fastest, from `fastest`; None: each goes to the group of what it follows
 ) -> list:
-    "The groups with the new parameters in them"
+    "The groups, with the new parameters at the end of some"
     new = [list(g) for g in groups]
-    for p,like in params:
-        own = first(i for i,g in enumerate(groups) if any(q is like for q in g))
-        if own is None: raise ValueError(f"The optimizer does not hold the hyper-layer's weight of shape {tuple(like.shape)}: "
+    for p,followed in params:
+        own = first(i for i,g in enumerate(groups) if any(q is followed for q in g))
+        if own is None: raise ValueError(f"The optimizer does not hold the hyper-layer's weight of shape {tuple(followed.shape)}: "
             "give it all parameters of the model, or choose another strategy")
         new[own if not fast or fast[own] else max(i for i,f in enumerate(fast) if f)].append(p)
     return new
 
 # %% ../nbs/06d_optimizer.ipynb #ffa6d6c3
 def _inner(opt): return opt.opt if isinstance(opt, OptimWrapper) else opt
+
 def states(opt) -> list:
     "The dictionaries that hold what `opt` knows of each parameter: its own, and that of the torch optimizer within"
     return [opt.state] + ([opt.opt.state] if isinstance(opt, OptimWrapper) else [])
 
 def _set_groups(opt, groups): opt.param_lists = L(L(g) for g in groups) if not isinstance(opt, OptimWrapper) else groups
 
-def plain_state_dict(opt, plain:list, params:list) -> dict:
-    "`opt.state_dict()` with the groups `plain` and without what it knows of `params`"
-    now,held = [list(g) for g in opt.param_lists],[{p: s.pop(p) for p,_ in params if p in s} for s in states(opt)]
+def plain_state_dict(
+    opt,
+    plain:list, # Its groups without the new parameters
+    params:list # See `regrouped`
+) -> dict:
+    "`opt.state_dict()` as if `opt` had never seen the new parameters"
+    now = [list(g) for g in opt.param_lists]
+    held = [{p: s.pop(p) for p,_ in params if p in s} for s in states(opt)]
     try:
         _set_groups(opt, plain)
         return type(_inner(opt)).state_dict(_inner(opt))
@@ -61,7 +70,7 @@ def plain_state_dict(opt, plain:list, params:list) -> dict:
 # %% ../nbs/06d_optimizer.ipynb #f9bcf648
 @contextmanager
 def trained_with(opt, params:list, fast:list|None=None, decay:bool=False):
-    "Within, `opt` trains `params` too, see `regrouped`; its weight decay acts on them if `decay`"
+    "Within, `opt` trains `params` too, in the groups of `regrouped`; its weight decay acts on them if `decay`"
     plain = [list(g) for g in opt.param_lists]
     new = regrouped(plain, params, fast)
     try:

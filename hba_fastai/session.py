@@ -1,4 +1,4 @@
-"""One search as the command runs it: checked before it starts, a line per epoch, on disk at all times, and in words at the end
+"""One search as the command runs it: checked before it starts, one line per epoch, always on disk, summed up in words at the end
 
 Docs: https://hba-fastai.github.io/hba-fastai/session.html.md"""
 
@@ -18,6 +18,7 @@ from fastprogress.fastprogress import ConsoleProgressBar
 from .callback import *
 from .data import *
 from .folder import *
+from .items import check_readable
 from .replay import *
 from .schedule import *
 from .space import *
@@ -31,33 +32,37 @@ def check_numbers(epochs:int, size:int, bs:int, lr:float, seed:int):
     if not 0<lr<float('inf'): raise CliError(f"--lr is {lr}: a learning rate is finite and above 0")
 
 def check_out(out) -> tuple: # File for the schedule, file for its picture
-    "Raise unless a schedule can be written to `out`, with a picture beside it"
+    "Raise unless a schedule can be written to `out`, with a picture next to it"
     f = Path(out)
-    if f.suffix.lower()=='.png':
-        raise CliError(f"--out {out} is the name of a picture, and the schedule is JSON: name it {f.with_suffix('.json')}, and the picture goes beside it")
+    if f.suffix.lower()=='.png': raise CliError(f"--out {out} is the name of a picture, and the schedule is JSON: "
+        f"name it {f.with_suffix('.json')}, and the picture goes next to it")
     picture = f.with_suffix('.png') if f.suffix=='.json' else Path(f'{f}.png')
     try:
-        if f.is_dir() or str(out).endswith('/'): raise CliError(f"--out {out} is a folder: name a file in it, such as {f/'schedule.json'}")
-        for o in (f,picture):
-            if o.exists() and not o.is_file(): raise CliError(f"{o} is there and is no file that can be replaced: give --out another name")
+        if f.is_dir() or str(out).endswith('/'): raise CliError(f"--out {out} is a folder: "
+            f"name a file in it, such as {f/'schedule.json'}")
+        odd = first(o for o in (f,picture) if o.exists() and not o.is_file())
+        if odd: raise CliError(f"{odd} exists and is no file that can be replaced: give --out another name")
         f.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=f.parent): pass
-    except OSError as e: raise CliError(f"--out {out} cannot be written ({e.strerror}): name a file in a folder where you may write") from None
+    except OSError as e:
+        raise CliError(f"--out {out} cannot be written ({e.strerror}): name a file in a folder where you may write") from None
     return f.resolve(),picture.resolve()
 
 # %% ../nbs/07c_session.ipynb #ed5e346f
 def chosen(strategy=None, skip=None, limits=None) -> dict:
-    "What of the callback's arguments was given: `skip` as `Invert,Solarize`, `limits` as `Rotate=0:10,TranslateX=0:0.1`"
+    "Arguments of the callback from those of the command: `skip` is like `Invert,Solarize`, `limits` like `Rotate=0:10,TranslateX=0:0.1`"
     kw = {'strategy': strategy} if strategy else {}
     if skip:
         kw['skip'] = skip.replace(' ','').split(',')
         if odd := first(o for o in kw['skip'] if o not in TABLE7):
             raise CliError(f"--skip names {odd!r}, which is no operation: use those of {', '.join(TABLE7)}")
-        if set(kw['skip'])==set(TABLE7): raise CliError(f"--skip names all {len(TABLE7)} operations, and a search needs one: leave one out")
+        if set(kw['skip'])==set(TABLE7): raise CliError(f"--skip names all {len(TABLE7)} operations, and a search needs one: "
+            "leave one out")
     if limits:
-        try: kw['limits'] = {o: tuple(map(float, r.split(':'))) for o,r in (p.split('=') for p in limits.replace(' ','').split(','))}
-        except ValueError:
-            raise CliError(f"--limits {limits!r} is not like Rotate=0:10,TranslateX=0:0.1: give operations with their lowest and highest magnitude") from None
+        pairs = [p.split('=') for p in limits.replace(' ','').split(',')]
+        try: kw['limits'] = {op: tuple(map(float, ends.split(':'))) for op,ends in pairs}
+        except ValueError: raise CliError(f"--limits {limits!r} is not like Rotate=0:10,TranslateX=0:0.1: "
+            "give operations with their lowest and highest magnitude") from None
         try: Space(limits=kw['limits'])
         except ValueError as e: raise CliError(f"--limits {limits!r}: {e}") from None
     return kw
@@ -71,15 +76,15 @@ def say_plan(learn, hba, epochs:int, out:Path):
     "Say what the training will be, and refuse one without hyper-steps"
     n,sets = len(learn.dls.train),[len(dl.dataset) for dl in learn.dls.loaders]
     steps = n_hyper_steps(hba, epochs*n)
-    if not steps:
-        raise CliError(f"--epochs {epochs} with {n} batches each gives no hyper-step, of which a search is made: give more --epochs or a smaller --bs")
+    if not steps: raise CliError(f"--epochs {epochs} with {n} batches each gives no hyper-step, of which a search is made: "
+        "give more --epochs or a smaller --bs")
     print(f"Search: {epochs} epoch{'s'[:epochs>1]} of {n} batches, {sets[0]} training and {sets[1]} validation images\n"
           f"        {steps} hyper-steps, one every {hba.T_train} batches after {hba.warmup:.0%} of the training\n"
           f"{'Replaces' if out.exists() else 'Writes'} {out}", flush=True)
 
 # %% ../nbs/07c_session.ipynb #17f0d4dd
 def cell(o) -> str:
-    "`o` in a table"
+    "`o` as text for a column"
     if o is None: return '-'
     return str(o) if not isinstance(o, float) else f'{o:.4f}' if abs(o)<1e4 else f'{o:.3g}'
 
@@ -125,14 +130,16 @@ def words(e:Exception) -> str:
 @contextmanager
 def kept(hba, out):
     "Whatever ends a search, what it found is in `out`, and the last sentence says so"
-    where = lambda: f"the schedule until then, {hba.schedule.progress[-1]:.0%} of the search, is in {out}" if keep(hba, out) else ''
-    also = lambda: f' ({w})' if (w := where()) else ''
+    def where(): return f"the schedule until then, {hba.schedule.progress[-1]:.0%} of the search, is in {out}" if keep(hba, out) else ''
+    def also(): return f' ({w})' if (w := where()) else ''
     try: yield
     except BrokenPipeError: raise # of stdout
     except OSError as e: raise CliError(words(e)) from None # it may be the disk of `out`
-    except KeyboardInterrupt: raise KeyboardInterrupt(f"Stopped: {where() or 'no hyper-step had moved the schedule, so none was written'}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Stopped: {where() or 'no hyper-step had moved the schedule, so none was written'}") from None
     except (ValueError,TypeError,ArithmeticError) as e: raise CliError(words(e)+also()) from None
-    except torch.cuda.OutOfMemoryError: raise CliError("The memory of the GPU is too small for this: give a smaller --bs or --size"+also()) from None
+    except torch.cuda.OutOfMemoryError:
+        raise CliError("The memory of the GPU is too small for this: give a smaller --bs or --size"+also()) from None
     except Exception: keep(hba, out); raise
     else: keep(hba, out)
 
@@ -143,7 +150,8 @@ def search(learn, hba, epochs:int, lr:float, out:Path):
 
 def say_found(hba, out, picture):
     "Draw the schedule, and say what was found and where it is"
-    if not keep(hba, out): raise CliError("No hyper-step had a finite gradient, so the schedule never left its start and was not written: lower --lr")
+    if not keep(hba, out):
+        raise CliError("No hyper-step had a finite gradient, so the schedule never left its start and was not written: lower --lr")
     hba.schedule.plot()[0].figure.savefig(picture, dpi=100, bbox_inches='tight')
     print()
     hba.report()
@@ -154,7 +162,7 @@ def search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed):
     train,valid,left_out = split_folder(path, seed)
     print(f"Checking {len(train)+len(valid)} images of {len(set(map(parent_label, train)))} classes in {path}", flush=True)
     if left_out: print('Left out: ' + ', '.join(f"{k} ({n} image{'s'[:n>1]})" for k,n in left_out.items()), flush=True)
-    check_images([*train, *valid])
+    check_readable([*train, *valid], f'the folder {path}', rgb=True)
     set_seed(seed)
     learn = folder_learner(folder_dls(train, valid, size, bs, seed), arch, size)
     say_plan(learn, hba, epochs, out)
@@ -164,7 +172,8 @@ def search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed):
 # %% ../nbs/07c_session.ipynb #e48d1b02
 def digits_net() -> nn.Module:
     "A small convolutional network for 16x16 images"
-    return nn.Sequential(ConvLayer(3, 16), ConvLayer(16, 32, stride=2), ConvLayer(32, 64, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    body = ConvLayer(3, 16),ConvLayer(16, 32, stride=2),ConvLayer(32, 64, stride=2)
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 def digits_learner(seed:int) -> Learner:
     "A new Learner for the digits"
@@ -185,12 +194,14 @@ DIGITS_LR = 1e-2
 
 def compare_on_digits(hba, epochs, seed) -> tuple: # ({training: test error in percent}, number of test images)
     "Train anew without augmentation, with the start of the search, and with its schedule"
-    arms = {'no augmentation': None, 'policy fixed at the start value': at_start(hba.schedule), 'replayed schedule': hba.schedule}
+    start = at_start(hba.schedule)
+    arms = {'no augmentation': None, 'policy fixed at the start value': start, 'replayed schedule': hba.schedule}
     errors = {}
     for title,schedule in arms.items():
         print(f'\nTraining: {title}', flush=True)
         learn = digits_learner(seed)
-        with one_line_per_epoch(learn): learn.fit_one_cycle(epochs, DIGITS_LR, cbs=schedule and ScheduleCallback(schedule, seed=seed))
+        cb = schedule and ScheduleCallback(schedule, seed=seed)
+        with one_line_per_epoch(learn): learn.fit_one_cycle(epochs, DIGITS_LR, cbs=cb)
         errors[title] = error_on_test(learn)
     return errors,len(learn.dls[2].dataset)
 

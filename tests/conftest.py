@@ -1,6 +1,4 @@
 import torch
-from contextlib import contextmanager
-from unittest import mock
 from fastai.callback.all import ProgressCallback
 from fastai.learner import Learner
 from fastai.metrics import accuracy

@@ -26,8 +26,10 @@ def test_a_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match='give the name of a file'): save_checkpoint(tmp_path, {})
 
 HEADS = {'older': (b'hba-fastai checkpoint 3\n', 'was written by an older version of hba-fastai and cannot be continued: start a new search'),
-         'oldest': (b'hba-fastai checkpoint 1\n', 'older version'), 'newer': (b'hba-fastai checkpoint 5\n', 'newer version'), 'much newer': (b'hba-fastai checkpoint 12\n', 'newer version'),
-         'padded': (b'hba-fastai checkpoint 04\n', 'does not begin as a checkpoint'), 'another file': (b'PK', 'does not begin'), 'empty': (b'', 'does not begin'),
+         'oldest': (b'hba-fastai checkpoint 1\n', 'older version'), 'newer': (b'hba-fastai checkpoint 5\n', 'newer version'),
+         'much newer': (b'hba-fastai checkpoint 12\n', 'newer version'),
+         'padded': (b'hba-fastai checkpoint 04\n', 'does not begin as a checkpoint'), 'another file': (b'PK', 'does not begin'),
+         'empty': (b'', 'does not begin'),
          'cut': (MAGIC[:-1], 'does not begin'), 'no content': (MAGIC, 'damaged')}
 
 @pytest.mark.parametrize('what', HEADS)
@@ -38,7 +40,8 @@ def test_beginnings_that_are_refused(what, tmp_path):
     with pytest.raises(CheckpointError, match=match) as e: load_checkpoint(tmp_path/'s.pth')
     assert str(e.value).isascii()
 
-@pytest.mark.parametrize('name,path', [('y','models/y.pth'), ('y.pth','models/y.pth'), (Path('y.pth'),'models/y.pth'), ('run.2','models/run.2.pth'), ('a/y','a/y.pth'), ('./y.pth','y.pth'),
+@pytest.mark.parametrize('name,path', [('y','models/y.pth'), ('y.pth','models/y.pth'), (Path('y.pth'),'models/y.pth'),
+                                       ('run.2','models/run.2.pth'), ('a/y','a/y.pth'), ('./y.pth','y.pth'),
                                        ('/data/y.pth','/data/y.pth'), ('/data/y','/data/y.pth'), ('~/y','HOME/y.pth')])
 def test_where_a_checkpoint_lies(name, path, monkeypatch):
     monkeypatch.setenv('HOME', 'HOME')
@@ -52,14 +55,19 @@ def test_what_names_no_file(name):
 def test_settings_agree_by_value(tmp_path):
     "Also after the file, which gives Python's own types back"
     now = dict(layers=('1','4'), hypers=L('lr','mom'), bs=np.int64(64), shape=torch.tensor([3,12]), hlr=0.1, seed=None, start=dict(p=(0.05,0.3)))
-    saved = load_checkpoint(save_checkpoint(tmp_path/'s.pth', dict(same=dict(layers=['1','4'], hypers=['lr','mom'], bs=64, shape=[3,12], hlr=0.1, start=dict(p=[0.05,0.3])))))['same']
+    saved = load_checkpoint(save_checkpoint(tmp_path/'s.pth',
+                                            dict(same=dict(layers=['1','4'], hypers=['lr','mom'], bs=64, shape=[3,12], hlr=0.1,
+                                                           start=dict(p=[0.05,0.3])))))['same']
     assert differences(saved, now)==[]
     refuse_differences('s.pth', saved, now)
 
 def test_settings_differ_exactly():
-    assert differences(dict(a=0.1, b=[1,2], c=2, gone=1), dict(b=(2,1), a=np.nextafter(0.1, 1), c=2, new='x'))==[('b',[1,2],[2,1]), ('a',0.1,np.nextafter(0.1, 1)), ('new',None,'x'), ('gone',1,None)]
+    assert differences(dict(a=0.1, b=[1,2], c=2, gone=1), dict(b=(2,1), a=np.nextafter(0.1, 1), c=2, new='x'))==[('b',[1,2],
+        [2,1]), ('a',0.1,np.nextafter(0.1, 1)), ('new',None,'x'), ('gone',1,None)]
 
-@pytest.mark.parametrize('now,says', [(dict(T_train=3, bs=64, items=9), 's.pth was made with T_train=2 and this search has 3: go on with the same settings, or start a new search with another name'),
+@pytest.mark.parametrize('now,says', [(dict(T_train=3, bs=64, items=9),
+                                       's.pth was made with T_train=2 and this search has 3: '
+                                        'go on with the same settings, or start a new search with another name'),
                                       (dict(T_train=2, bs=32, items=8), 's.pth was made with bs=64 and this search has 32 (and 1 more setting differs): go on'),
                                       (dict(T_train=3), 's.pth was made with T_train=2 and this search has 3 (and 2 more settings differ): go on')])
 def test_the_refusal_names_the_first_and_counts_the_rest(now, says):

@@ -12,7 +12,8 @@ from hba_fastai import session
 from hba_fastai.callback import HBACallback
 from hba_fastai.cli import hba_search
 from hba_fastai.data import digits,in_memory
-from hba_fastai.folder import check_images,folder_dls,folder_learner,split_folder
+from hba_fastai.folder import folder_dls,folder_learner,split_folder
+from hba_fastai.items import check_readable
 from hba_fastai.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -135,7 +136,7 @@ def test_refusals(pngs, tmp_path):
                      (dict(path=f'{tmp_path}/one'), 'one sub-folder per class'),
                      (dict(path=f'{tmp_path}/kaggle'), 'no folders of classes'),
                      (dict(path=f'{tmp_path}/parts'), 'no such folder `train`'),
-                     (dict(path=f'{tmp_path}/few'), r'cut\.png cannot be read'),
+                     (dict(path=f'{tmp_path}/few'), r'cut\.png \(cannot be read'),
                      (dict(epochs=0), '1 or more'), (dict(size=0), '--size'), (dict(bs=0), '--bs'), (dict(bs=1), '--bs'),
                      (dict(lr=-1), '--lr'), (dict(seed=-1), '--seed'),
                      (dict(epochs=1, bs=64), 'no hyper-step'),
@@ -154,7 +155,9 @@ def test_refusals(pngs, tmp_path):
                                        ('bits', lambda f: Image.fromarray(np.full((9,9), 40000, np.uint16)).save(f))])
 def test_images_that_cannot_be_used_are_named(tmp_path, name, make):
     make(tmp_path/f'{name}.png')
-    with pytest.raises(CliError, match=f'1 of 1 images.*{name}.png'): check_images([tmp_path/f'{name}.png'])
+    match = f'1 of 1 image files of a folder cannot be used, .*{name}.png'
+    with pytest.raises(ValueError, match=match): check_readable([tmp_path/f'{name}.png'], 'a folder', rgb=True)
+    if name=='bits': check_readable([tmp_path/f'{name}.png'], 'a folder') # a Learner may read 16 bits in its own way
 
 def test_images_of_all_kinds_are_used(tmp_path):
     for c in 'ab':
@@ -162,7 +165,7 @@ def test_images_of_all_kinds_are_used(tmp_path):
         for i,mode in enumerate('RGB RGBA L LA P 1 CMYK'.split()): Image.new(mode, (1+9*i,3)).save(tmp_path/c/f"{i}.{'tif' if mode=='CMYK' else 'png'}")
         Image.new('L', (8,8)).save(tmp_path/c/'moving.gif', save_all=True, append_images=[Image.new('L', (8,8), 200)])
     train,valid,_ = split_folder(tmp_path, 0)
-    check_images(train+valid)
+    check_readable(train+valid, 'a folder', rgb=True)
     assert len(train+valid)==16 and folder_dls(train, valid, 16, 64, 0).one_batch()[0].shape[1:]==(3,16,16)
 
 def test_links_do_not_put_an_image_on_both_sides(pngs):

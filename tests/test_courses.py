@@ -13,7 +13,7 @@ from fastai.vision.core import TensorImage
 from torch import nn
 from conftest import quiet,small_learner,small_net
 from hba_fastai.callback import HBACallback,ScheduleCallback
-from hba_fastai.data import array_dls,digits,digits_dls
+from hba_fastai.data import array_dls,digits
 from hba_fastai.schedule import Schedule
 from hba_fastai.space import Space,TABLE7
 from hba_fastai.transform import population
@@ -52,7 +52,8 @@ def test_the_warm_up_is_a_share_of_both_fits():
     assert steps==[0,1,5,5] and hba.rate==0.1 and abs(hba.wait-2)<1e-9
 
 def test_alpha_goes_with_the_hyper_steps_that_are_made():
-    "Gradient accumulation makes fewer real steps than batches, and the warm-up fewer hyper-steps than that; the one step more comes at the very end of the warm-up"
+    """Gradient accumulation makes fewer real steps than batches, and the warm-up fewer hyper-steps than that;
+    the one step more comes at the very end of the warm-up"""
     hba,learn,made = HBACallback(warmup=0.25, T_val=50),small_learner(n_train=400),[]
     class Steps(Callback):
         order = 40
@@ -78,13 +79,15 @@ def test_each_fold_is_a_search_of_its_own():
         with warnings.catch_warnings(record=True) as w:
             warnings.simplefilter('always')
             learn.fine_tune(1, cbs=hba)
-        assert [str(o.message) for o in w if 'a new search begins' in str(o.message)]==[] if fold==0 else len([o for o in w if 'a new search begins' in str(o.message)])==1
+        said = [str(o.message) for o in w if 'a new search begins' in str(o.message)]
+        assert len(said)==(fold>0), said
         learns.append(learn)
     for l in learns:
         assert l.hba_schedule.progress.tolist()==[0,0.5,1] and torch.allclose(l.hba_schedule.table[0], learns[0].hba_schedule.table[0])
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('make', [lambda: EarlyStoppingCallback(patience=9), lambda: ReduceLROnPlateau('accuracy', patience=9), lambda: SaveModelCallback('accuracy', fname='m')])
+@pytest.mark.parametrize('make', [lambda: EarlyStoppingCallback(patience=9), lambda: ReduceLROnPlateau('accuracy', patience=9),
+                                  lambda: SaveModelCallback('accuracy', fname='m')])
 def test_monitors_of_what_lambda_is_fitted_to_are_named_once(make, tmp_path):
     learn = small_learner(path=tmp_path)
     with pytest.warns(UserWarning, match='monitors .* on the images that the hyper-steps are fitted to') as w: learn.fit(2, cbs=[HBACallback(), make()])
@@ -121,7 +124,8 @@ class Pairs:
 
 def test_images_that_are_targets_stay_as_they_are():
     from fastai.data.core import DataLoaders
-    dls = DataLoaders(*[TfmdDL(Pairs(n), bs=20, shuffle=i==0, drop_last=i==0, num_workers=0, after_batch=[IntToFloatTensor()], device=torch.device('cpu')) for i,n in enumerate((200,40))])
+    dls = DataLoaders(*[TfmdDL(Pairs(n), bs=20, shuffle=i==0, drop_last=i==0, num_workers=0, after_batch=[IntToFloatTensor()],
+                               device=torch.device('cpu')) for i,n in enumerate((200,40))])
     model = nn.Sequential(nn.Conv2d(3,8,3,1,1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,3,3,1,1))
     set_seed(0)
     learn = Learner(dls, model, loss_func=MSELossFlat())
@@ -129,7 +133,9 @@ def test_images_that_are_targets_stay_as_they_are():
     class See(Callback):
         order = 60
         def before_batch(self):
-            if self.training: seen.append(((self.x-self.y).abs().flatten(1).max(1).values>0).float().mean().item()); assert all(tuple((o*255).round().byte().flatten().tolist()) in clean for o in self.y)
+            if self.training:
+                seen.append(((self.x-self.y).abs().flatten(1).max(1).values>0).float().mean().item())
+                assert all(tuple((o*255).round().byte().flatten().tolist()) in clean for o in self.y)
     with learn.no_bar(),pytest.warns(UserWarning, match='against their targets .TensorImage.'): learn.fit(1, cbs=[HBACallback(start=0.5, warmup=0), See()])
     assert min(seen)>0.3 # the inputs are augmented
 
@@ -140,7 +146,9 @@ def one_class_dls():
     i = (y==3).nonzero()[:60,0]
     return array_dls((x[:200],y[:200]), (x[i],y[i]), vocab=range(10), bs=20)
 
-@pytest.mark.parametrize('lr,dls,kw,match', [(0., None, {}, 'The learning rate was 0'), (1e-2, one_class_dls, {}, "of one class, '?3'?"), (1e-2, None, dict(fast=False), 'The response to the policy never moved')])
+@pytest.mark.parametrize('lr,dls,kw,match', [(0., None, {}, 'The learning rate was 0'),
+                                             (1e-2, one_class_dls, {}, "of one class, '?3'?"),
+                                             (1e-2, None, dict(fast=False), 'The response to the policy never moved')])
 @pytest.mark.filterwarnings('ignore')
 def test_the_report_says_why_nothing_was_found(lr, dls, kw, match, capsys):
     learn,hba = split_learner(dls=dls and dls(), train_bn=False),HBACallback(seed=0, **kw)
@@ -159,7 +167,10 @@ def test_the_response_learns_where_its_layer_is_frozen_and_at_the_fastest_rate(t
     seen = {}
     class See(Callback):
         order = 40
-        def before_train(self): seen.update(groups=[sum(any(p is q for q in g) for p,_ in self.learn.hba.hnet.params) for g in self.opt.param_lists], frozen=[p.requires_grad for p in self.model[:2].parameters()])
+        def before_train(self):
+            seen.update(groups=[sum(any(p is q for q in g) for p,
+                                    _ in self.learn.hba.hnet.params) for g in self.opt.param_lists],
+                                    frozen=[p.requires_grad for p in self.model[:2].parameters()])
     learn.fit(2, slice(1e-4,1e-2), cbs=[hba,See()])
     assert seen['groups']==[0,4] and seen['frozen']==[False,False,train_bn,train_bn] and all(v.abs().max()>1e-5 for l in hba.hnet.layers for v in l.V.values())
     same = HBACallback(seed=0)
@@ -233,7 +244,8 @@ def test_provenance_says_how_it_was_found():
     learn,hba = small_learner(),HBACallback(seed=3)
     learn.fit_one_cycle(1, 1e-2, cbs=hba)
     p = hba.schedule.provenance
-    assert p['seed']==3 and p['lr']==[1e-2] and p['train_items']==200 and p['valid_items']==100 and p['classes']==10 and p['torch']==torch.__version__ and p['model']=='Sequential'
+    want = dict(seed=3, lr=[1e-2], train_items=200, valid_items=100, classes=10, torch=torch.__version__, model='Sequential')
+    assert {k: p[k] for k in want}==want
     assert {'fastai','date','why','layers','target','augmentation','batch_size'}<=set(p) and sum(p['target_classes'].values())==100
 
 @pytest.mark.parametrize('condition', ['dose','lambda'])

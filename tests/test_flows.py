@@ -1,19 +1,22 @@
-"""Every way that fastai users train, for the search and for the replay. The table in the documentation is made from this file: `tests/flows.json` must be what is run here
+"""Every way that fastai users train, for the search and for the replay. The table in the documentation is made from this file:
+`tests/flows.json` must be what is run here
 (`HBA_WRITE_FLOWS=1 pytest tests/test_flows.py` writes it)"""
-import json,os,warnings
+import json,os
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
-from fastai.callback.all import (ActivationStats,BnFreeze,ChannelsLast,CSVLogger,CutMix,EarlyStoppingCallback,FetchPredsCallback,GradientAccumulation,GradientClip,MixedPrecision,MixUp,
+from fastai.callback.all import (ActivationStats,BnFreeze,ChannelsLast,CSVLogger,CutMix,EarlyStoppingCallback,
+                                 FetchPredsCallback,GradientAccumulation,GradientClip,MixedPrecision,MixUp,
                                  ProgressCallback,ReduceLROnPlateau,SaveModelCallback,TerminateOnNaNCallback)
-from fastai.data.all import CategoryBlock,ColReader,DataBlock,MultiCategoryBlock,RandomSplitter,RegressionBlock,get_image_files,parent_label
+from fastai.data.all import DataBlock,MultiCategoryBlock,RandomSplitter,RegressionBlock,get_image_files
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat,LabelSmoothingCrossEntropy,MSELossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam,Lamb,OptimWrapper,RMSProp,SGD,ranger
 from fastai.torch_core import set_seed
-from fastai.vision.all import BBoxBlock,BBoxLblBlock,ImageBlock,ImageDataLoaders,MaskBlock,PILImage,PILImageBW,PointBlock,Resize,aug_transforms,models,unet_learner,vision_learner,xresnet18
+from fastai.vision.all import (BBoxBlock,BBoxLblBlock,ImageBlock,ImageDataLoaders,MaskBlock,PointBlock,Resize,aug_transforms,models,
+                               unet_learner,vision_learner,xresnet18)
 from PIL import Image
 from torch import nn
 from conftest import quiet,small_learner,small_net
@@ -99,7 +102,8 @@ def twin(cb, f, **kw):
     plain,ours = (vision(cbs=c, **kw) for c in ([],[cb]))
     ours.model.load_state_dict(plain.model.state_dict())
     a,b = f(plain),f(ours)
-    flat = lambda o: [t for v in o for t in (flat(v) if isinstance(v, (list,tuple)) or hasattr(v,'items') and not isinstance(v,dict) else [v])] if isinstance(o, (list,tuple)) or hasattr(o,'items') and not isinstance(o,dict) else [o]
+    many = lambda o: isinstance(o, (list,tuple)) or hasattr(o, 'items') and not isinstance(o, dict)
+    flat = lambda o: [t for v in o for t in (flat(v) if many(v) else [v])] if many(o) else [o]
     for u,v in zip(flat(a), flat(b), strict=True): assert torch.equal(u,v) if isinstance(u, torch.Tensor) else u==v
     ours.fit(2)
     return ours
@@ -162,7 +166,8 @@ class CPUAMP(MixedPrecision):
     name = 'mixed_precision'
     def before_fit(self):
         half = self.amp_mode.value=='fp16'
-        self.autocast,self.learn.scaler,self.scales = torch.amp.autocast('cpu', dtype=torch.float16 if half else torch.bfloat16),torch.amp.GradScaler('cpu', enabled=half, init_scale=2.**10),[]
+        self.autocast,self.learn.scaler,self.scales = torch.amp.autocast('cpu',
+            dtype=torch.float16 if half else torch.bfloat16),torch.amp.GradScaler('cpu', enabled=half, init_scale=2.**10),[]
 flow('companions', 'float16 autocast with a gradient scaler (CPU)')(with_cbs(lambda: CPUAMP('fp16')))
 flow('companions', 'bfloat16 autocast (CPU)')(with_cbs(lambda: CPUAMP('bf16')))
 flow('companions', 'GradientAccumulation')(with_cbs(lambda: GradientAccumulation(40)))
@@ -177,7 +182,10 @@ flow('companions', 'BnFreeze')(with_cbs(BnFreeze))
 flow('companions', 'label smoothing')(with_cbs(loss_func=LabelSmoothingCrossEntropy()))
 flow('companions', 'weighted loss')(with_cbs(loss_func=CrossEntropyLossFlat(weight=torch.linspace(0.5,2,10))))
 @flow('companions', 'monitoring the hyper-validation loss (EarlyStopping on `hyper_loss`)')
-def _(cb): l = small_learner(); l.fit(2, cbs=[cb, EarlyStoppingCallback(monitor='hyper_loss' if isinstance(cb, HBACallback) else 'valid_loss', patience=3)]); return l
+def _(cb):
+    l = small_learner()
+    l.fit(2, cbs=[cb, EarlyStoppingCallback(monitor='hyper_loss' if isinstance(cb, HBACallback) else 'valid_loss', patience=3)])
+    return l
 @flow('companions', 'SaveModel: best, restored at the end, loads into a plain model')
 def _(cb):
     l = small_learner(path=Flow.path)
@@ -252,7 +260,10 @@ def _(cb): l = hush(unet_learner(masks(), models.resnet18, pretrained=False, n_o
 @flow('models', 'nn.Sequential')
 def _(cb): l = small_learner(); l.fit(2, cbs=cb); return l
 @flow('models', 'nn.Sequential without normalisation')
-def _(cb): l = small_learner(model=nn.Sequential(nn.Conv2d(3,8,3), nn.ReLU(), nn.Conv2d(8,8,3,2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))); l.fit(2, cbs=cb); return l
+def _(cb):
+    l = small_learner(model=nn.Sequential(nn.Conv2d(3,8,3), nn.ReLU(), nn.Conv2d(8,8,3,2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10)))
+    l.fit(2, cbs=cb)
+    return l
 class Patches(nn.Module):
     "Makes four images of each"
     def forward(self, x): return x.unfold(2, 6, 6).unfold(3, 6, 6).permute(0,2,3,1,4,5).reshape(-1, 3, 6, 6)
@@ -265,10 +276,12 @@ def _(cb): l = small_learner(model=nn.Sequential(Patches(), small_net(), Join())
 def masks():
     set_seed(0)
     y = lambda f: Image.fromarray((np.array(Image.open(f).convert('L'))>100).astype(np.uint8))
-    return DataBlock((ImageBlock,MaskBlock(['back','ink'])), get_items=get_image_files, get_y=lambda f: np.array(y(f)), splitter=RandomSplitter(0.4, seed=1)).dataloaders(Flow.path, bs=8, num_workers=0)
+    return DataBlock((ImageBlock,MaskBlock(['back','ink'])), get_items=get_image_files, get_y=lambda f: np.array(y(f)),
+                     splitter=RandomSplitter(0.4, seed=1)).dataloaders(Flow.path, bs=8, num_workers=0)
 def block(*blocks, get_y, loss, n, **kw):
     set_seed(0)
-    dls = DataBlock((ImageBlock,*blocks), get_items=get_image_files, get_y=get_y, splitter=RandomSplitter(0.4, seed=1), **kw).dataloaders(Flow.path, bs=8, num_workers=0)
+    dls = DataBlock((ImageBlock,*blocks), get_items=get_image_files, get_y=get_y, splitter=RandomSplitter(0.4, seed=1),
+                    **kw).dataloaders(Flow.path, bs=8, num_workers=0)
     return small_learner(dls=dls, model=small_net(n=n), loss_func=loss)
 @flow('targets', 'single label')
 def _(cb): l = vision(); l.fit(2, cbs=cb); return l
@@ -278,7 +291,12 @@ def _(cb): l = block(MultiCategoryBlock, get_y=lambda f: [f.parent.name,'any'], 
 def _(cb): l = block(RegressionBlock(1), get_y=lambda f: float(f.parent.name), loss=MSELossFlat(), n=1); l.metrics = []; l.fit(2, cbs=cb); return l
 def still(cb): assert {'Rotate','ShearX','Cutout'} <= set((cb.policy if isinstance(cb, HBACallback) else cb.last).skip)
 @flow('targets', 'segmentation masks', search='works, without the geometric operations and Cutout')
-def _(cb): l = hush(Learner(masks(), nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,2,1)), loss_func=CrossEntropyLossFlat(axis=1))); l.fit(2, cbs=cb); still(cb); return l
+def _(cb):
+    l = hush(Learner(masks(), nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,2,1)),
+                     loss_func=CrossEntropyLossFlat(axis=1)))
+    l.fit(2, cbs=cb)
+    still(cb)
+    return l
 @flow('targets', 'points', search='works, without the geometric operations and Cutout')
 def _(cb): l = block(PointBlock, get_y=lambda f: torch.tensor([[8.,9.]]), loss=MSELossFlat(), n=2); l.metrics = []; l.fit(2, cbs=cb); still(cb); return l
 @flow('targets', 'boxes', search='works, without the geometric operations and Cutout')
@@ -316,7 +334,11 @@ flow('hold-out', '`dls.valid`')(lambda cb: (l:=small_learner(), l.fit(2, cbs=cb)
 @flow('hold-out', 'a share of the training set')
 def _(cb): l = vision(); setattr(cb, 'valid', 0.25) if isinstance(cb, HBACallback) else None; l.fit(2, cbs=cb); return l
 @flow('hold-out', 'a DataLoader')
-def _(cb): l = vision(); setattr(cb, 'valid', l.dls.test_dl(get_image_files(Flow.path)[:20], with_labels=True)) if isinstance(cb, HBACallback) else None; l.fit(2, cbs=cb); return l
+def _(cb):
+    l = vision()
+    setattr(cb, 'valid', l.dls.test_dl(get_image_files(Flow.path)[:20], with_labels=True)) if isinstance(cb, HBACallback) else None
+    l.fit(2, cbs=cb)
+    return l
 
 def held_out(name, valid):
     "A search whose target is `valid(learn)`"
@@ -373,7 +395,8 @@ def test_flow(name, kind, pngs, applied, monkeypatch, tmp_path):
 
 def test_targets_that_are_places_are_never_shifted_silently(pngs):
     "The warning says what is left out, and the masks that reach the model are those of the files"
-    learn,seen = hush(Learner(masks(), nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,2,1)), loss_func=CrossEntropyLossFlat(axis=1))),[]
+    learn,seen = hush(Learner(masks(), nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                                                     nn.Conv2d(8,2,1)), loss_func=CrossEntropyLossFlat(axis=1))),[]
     from fastai.callback.core import Callback
     class See(Callback):
         order = 60
@@ -387,7 +410,8 @@ def test_targets_that_are_places_are_never_shifted_silently(pngs):
 def test_table_is_what_is_tested():
     "The documentation's table lists these flows and results, no more and no less"
     rows = [dict(group=g, flow=n, search=s, replay='works') for (g,n),(s,_) in FLOWS.items()]
-    rows += [dict(group='several GPUs', flow='`with learn.distrib_ctx():`, two processes (gloo, CPU)', search='works', replay='works')] # tests/test_distributed.py
+    rows += [dict(group='several GPUs', flow='`with learn.distrib_ctx():`, two processes (gloo, CPU)', search='works',
+                  replay='works')] # tests/test_distributed.py
     f = Path(__file__).with_name('flows.json')
     if os.environ.get('HBA_WRITE_FLOWS'): f.write_text(json.dumps(rows, indent=1, ensure_ascii=False)+'\n')
     assert json.loads(f.read_text())==rows

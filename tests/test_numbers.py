@@ -1,11 +1,10 @@
 "Hypergradients that are not finite, λ at the end of its range, hold-outs, and memory over a long fit"
 import gc,math
 import pytest, torch
-from fastai.callback.all import ChannelsLast,CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,ReduceLROnPlateau,SaveModelCallback,TerminateOnNaNCallback
+from fastai.callback.all import (ChannelsLast,EarlyStoppingCallback,GradientAccumulation,GradientClip,ReduceLROnPlateau,SaveModelCallback,
+                                 TerminateOnNaNCallback)
 from fastai.callback.core import Callback
-from fastai.learner import Learner
-from torch import nn
-from conftest import small_learner,small_net
+from conftest import small_learner
 from hba_fastai.callback import HBACallback,LAM_MAX
 from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.lam import adam,adam_start
@@ -25,7 +24,8 @@ class Bad(HBACallback):
         before = (self.lam.clone(),[a.clone() for a in self.adam],{k:v.clone() for k,v in self.model.state_dict().items()})
         try: super().hyper_step()
         finally: self.stream = stream
-        same = torch.equal(before[0], self.lam) and all(torch.equal(a,b) for a,b in zip(before[1], self.adam)) and all(torch.equal(v, before[2][k]) for k,v in self.model.state_dict().items())
+        same_search = torch.equal(before[0], self.lam) and all(torch.equal(a,b) for a,b in zip(before[1], self.adam))
+        same = same_search and all(torch.equal(v, before[2][k]) for k,v in self.model.state_dict().items())
         assert same==bool(bad)
 
 def test_bad_hypergradients_are_skipped_and_counted():
@@ -49,7 +49,8 @@ def test_steps_that_overflow_in_half_precision_do_not_count():
     class AMP(MixedPrecision):
         "The real autocast and scaler, on the CPU"
         name,real = 'mixed_precision',0
-        def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.amp.autocast('cpu', dtype=torch.float16),torch.amp.GradScaler('cpu', init_scale=2.**40),[]
+        def before_fit(self):
+            self.autocast,self.learn.scaler,self.scales = torch.amp.autocast('cpu', dtype=torch.float16),torch.amp.GradScaler('cpu', init_scale=2.**40),[]
         def before_step(self): super().before_step(); self.real += 1 # not reached by a step that is cancelled
     class Count(HBACallback):
         name,steps = 'hba',0
@@ -126,7 +127,8 @@ def test_soak_two_thousand_batches_with_every_companion(tmp_path):
     class Watch(Callback):
         order = 90
         def after_epoch(self): gc.collect(); peaks.append(max(rss(), peaks[-1] if peaks else 0))
-    cbs = [HBACallback(condition='dose', checkpoint='soak', valid=0.1), ChannelsLast(), GradientClip(1.), GradientAccumulation(20), SaveModelCallback(with_opt=True), ReduceLROnPlateau(patience=50),
+    cbs = [HBACallback(condition='dose', checkpoint='soak', valid=0.1), ChannelsLast(), GradientClip(1.),
+           GradientAccumulation(20), SaveModelCallback(with_opt=True), ReduceLROnPlateau(patience=50),
            EarlyStoppingCallback(patience=99), TerminateOnNaNCallback(), Watch()]
     learn.fit_one_cycle(45, 1e-2, cbs=cbs)
     assert learn.train_iter>=2000 and len(peaks)==45

@@ -1,11 +1,11 @@
 "Stop and go on: the search continues as the uninterrupted one would have; a killed process leaves a file that loads; files are never executed"
-import os,pickle,signal,subprocess,sys,time
+import os,signal,subprocess,sys,time
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.optimizer import OptimWrapper,SGD
 from functools import partial
 from hypothesis import HealthCheck,given,settings,strategies as st
-from conftest import quiet,small_learner,small_net
+from conftest import small_learner,small_net
 from hba_fastai.callback import HBACallback,ScheduleCallback
 from hba_fastai.data import digits_dls
 from hba_fastai.checkpoint import CheckpointError,load_checkpoint,save_checkpoint
@@ -61,12 +61,16 @@ def test_resume_in_a_process_with_another_seed_holds_the_same_items_out(tmp_path
 
 OTHER = { # how the fit that goes on differs: changes of the Learner, of the fit, of the search; and what is named
     'epochs': ({}, dict(n=3), {}, 'epochs=2 and this search has 3'), 'T_train': ({}, {}, dict(T_train=3), 'T_train=2 and this search has 3'),
-    'layers': ({}, {}, dict(strategy='bn'), "strategy='auto' and this search has 'bn'"), 'model': (dict(model=small_net(n=12)), {}, {}, 'of another model .* 8.weight has shape .10, 16. there and .12, 16. here'),
-    'data': (dict(n_train=220), {}, {}, 'train_items=200 and this search has 220'), 'batch': (dict(dls=digits_dls(200, 100, bs=10, size=12)), {}, {}, 'batch_size=20 and this search has 10'),
-    'optimizer': (dict(opt_func=SGD), {}, {}, 'optimizer='), 'weight decay': (dict(wd=0.3), {}, {}, 'optimizer='), 'rate': ({}, dict(lr=1e-2), {}, 'learning_rates='),
+    'layers': ({}, {}, dict(strategy='bn'), "strategy='auto' and this search has 'bn'"),
+    'model': (dict(model=small_net(n=12)), {}, {}, 'of another model .* 8.weight has shape .10, 16. there and .12, 16. here'),
+    'data': (dict(n_train=220), {}, {}, 'train_items=200 and this search has 220'),
+    'batch': (dict(dls=digits_dls(200, 100, bs=10, size=12)), {}, {}, 'batch_size=20 and this search has 10'),
+    'optimizer': (dict(opt_func=SGD), {}, {}, 'optimizer='), 'weight decay': (dict(wd=0.3), {}, {}, 'optimizer='),
+    'rate': ({}, dict(lr=1e-2), {}, 'learning_rates='),
     'course of the rate': ({}, dict(one_cycle=True), {}, 'learning_rates='), 'hlr': ({}, {}, dict(hlr=0.05), 'hlr=None and this search has 0.05'),
     'valid': ({}, {}, dict(valid=0.3), 'target='), 'seed': ({}, {}, dict(seed=7), 'seed='), 'start': ({}, {}, dict(start=0.1), 'start='),
-    'warm-up': ({}, {}, dict(warmup=0.2), 'warmup=0.3 and this search has 0.2'), 'skip': ({}, {}, dict(skip=['Invert']), 'skip='), 'limits': ({}, {}, dict(limits={'Rotate': (0,9)}), 'limits=')}
+    'warm-up': ({}, {}, dict(warmup=0.2), 'warmup=0.3 and this search has 0.2'),
+    'skip': ({}, {}, dict(skip=['Invert']), 'skip='), 'limits': ({}, {}, dict(limits={'Rotate': (0,9)}), 'limits=')}
 
 @pytest.mark.parametrize('what', OTHER)
 def test_another_fit_is_refused(what, tmp_path):
@@ -76,7 +80,8 @@ def test_another_fit_is_refused(what, tmp_path):
     learn = small_learner(path=tmp_path, **of_learner)
     before = [p.clone() for p in learn.model.parameters()]
     fit = learn.fit_one_cycle if of_fit.pop('one_cycle', False) else learn.fit
-    with pytest.raises(CheckpointError, match=match): fit(of_fit.pop('n', 2), *of_fit.values(), cbs=HBACallback(checkpoint='s', resume=True, **{'seed': 5, **of_search}))
+    with pytest.raises(CheckpointError, match=match):
+        fit(of_fit.pop('n', 2), *of_fit.values(), cbs=HBACallback(checkpoint='s', resume=True, **{'seed': 5, **of_search}))
     assert all('forward' not in vars(m) for m in learn.model.modules()) and all(torch.equal(p, q) for p,q in zip(before, learn.model.parameters()))
     learn.fit(1)
 
@@ -105,8 +110,10 @@ def test_a_finished_search_can_be_fitted_on(tmp_path):
 def test_a_seed_may_be_left_out_later(tmp_path):
     "The checkpoint has it; another one is refused"
     for i,seed in enumerate((5,5,None)):
-        with pytest.raises(RuntimeError, match='power cut'): small_learner(path=tmp_path).fit(4, cbs=[HBACallback(seed=seed, checkpoint='s', resume=True), Stop(i+1)])
-    with pytest.raises(CheckpointError, match='seed=5 and this search has 6'): small_learner(path=tmp_path).fit(4, cbs=HBACallback(seed=6, checkpoint='s', resume=True))
+        with pytest.raises(RuntimeError, match='power cut'):
+            small_learner(path=tmp_path).fit(4, cbs=[HBACallback(seed=seed, checkpoint='s', resume=True), Stop(i+1)])
+    with pytest.raises(CheckpointError, match='seed=5 and this search has 6'):
+        small_learner(path=tmp_path).fit(4, cbs=HBACallback(seed=6, checkpoint='s', resume=True))
 
 def test_a_checkpoint_needs_a_name():
     with pytest.raises(CheckpointError, match='must be the name of a file'): HBACallback(checkpoint=True)

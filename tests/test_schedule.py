@@ -11,7 +11,8 @@ from hba_fastai.space import Space,TABLE7
 space = Space()
 
 @pytest.fixture
-def schedule(): return Schedule([0,0.3,1], space.values(torch.randn(3,54, generator=torch.Generator().manual_seed(0)).double()*3), 0.7, dict(seed=3, strategy='first_bn'))
+def schedule():
+    return Schedule([0,0.3,1], space.values(torch.randn(3,54, generator=torch.Generator().manual_seed(0)).double()*3), 0.7, dict(seed=3, strategy='first_bn'))
 
 @pytest.fixture
 def saved(schedule, tmp_path):
@@ -40,19 +41,27 @@ def change(d, **kw): return {**d, **kw}
 def in_space(d, **kw): return change(d, space={**d['space'], **kw})
 def value(d, v): return change(d, values={**d['values'], 'Invert_1.p': v})
 
-BAD = {'not json': (lambda d: '{"format": ', 'not JSON'), 'no schedule': (lambda d: [1,2], 'does not say'), 'another format': (lambda d: change(d, format='x'), 'does not say'),
-       'newer': (lambda d: change(d, version=3), 'version 3 and this package reads versions 1 to 2: update'), 'no version': (lambda d: {k:v for k,v in d.items() if k!='version'}, 'version None'),
+BAD = {'not json': (lambda d: '{"format": ', 'not JSON'), 'no schedule': (lambda d: [1,2], 'does not say'),
+       'another format': (lambda d: change(d, format='x'), 'does not say'),
+       'newer': (lambda d: change(d, version=3), 'version 3 and this package reads versions 1 to 2: update'),
+       'no version': (lambda d: {k:v for k,v in d.items() if k!='version'}, 'version None'),
        'missing': (lambda d: change(d, values={k:v for k,v in d['values'].items() if k!='Rotate_0.m'}), "lacks hyperparameters, 'Rotate_0.m'"),
        'unknown': (lambda d: change(d, values={**d['values'], 'Rotate_2.m': [1,2,3]}), "unknown hyperparameters, 'Rotate_2.m'"),
-       'nan': (lambda d: value(d, [0.1,float('nan'),0.1]), 'Invert_1.p` is not a list of finite numbers'), 'infinite': (lambda d: value(d, [0.1,float('inf'),0.1]), 'finite'),
-       'text': (lambda d: value(d, [0.1,'0.2',0.1]), 'finite numbers'), 'huge': (lambda d: value(d, [0.1,10**400,0.1]), 'finite numbers'), 'range': (lambda d: value(d, [0.1,1.2,0.1]), 'Invert_1.p has a value outside'),
-       'length': (lambda d: value(d, [0.1,0.2]), '3 points of progress and another number'), 'progress': (lambda d: change(d, progress=[0,0.5,0.4]), 'do not ascend'),
-       'empty': (lambda d: change(d, progress=[], values={k:[] for k in d['values']}), 'disagree'), 'sigma': (lambda d: change(d, sigma=-1), 'sigma is -1'), 'nested': (lambda d: '['*100_000, 'not JSON'),
+       'nan': (lambda d: value(d, [0.1,float('nan'),0.1]), 'Invert_1.p` is not a list of finite numbers'),
+       'infinite': (lambda d: value(d, [0.1,float('inf'),0.1]), 'finite'),
+       'text': (lambda d: value(d, [0.1,'0.2',0.1]), 'finite numbers'),
+       'huge': (lambda d: value(d, [0.1,10**400,0.1]), 'finite numbers'), 'range': (lambda d: value(d, [0.1,1.2,0.1]), 'Invert_1.p has a value outside'),
+       'length': (lambda d: value(d, [0.1,0.2]), '3 points of progress and another number'),
+       'progress': (lambda d: change(d, progress=[0,0.5,0.4]), 'do not ascend'),
+       'empty': (lambda d: change(d, progress=[], values={k:[] for k in d['values']}), 'disagree'),
+       'sigma': (lambda d: change(d, sigma=-1), 'sigma is -1'), 'nested': (lambda d: '['*100_000, 'not JSON'),
        'no values': (lambda d: change(d, values=None), 'no table of values'), 'binary': (lambda d: b'\xff\xfe\x00', 'not JSON'),
        'no space': (lambda d: change(d, space=7), 'no table of the space'),
        'skip unknown': (lambda d: in_space(d, skip=['Rotate','Blur']), "`skip` names 'Blur', which is no operation"),
-       'skip number': (lambda d: in_space(d, skip=7), '`skip` names 7'), 'inactive nested': (lambda d: in_space(d, inactive=[['Color']]), 'which is no operation'),
-       'limits unknown': (lambda d: in_space(d, limits={'Blur': [0,1]}), "`limits` names 'Blur'"), 'limits list': (lambda d: in_space(d, limits=[1]), 'must be a dictionary'),
+       'skip number': (lambda d: in_space(d, skip=7), '`skip` names 7'),
+       'inactive nested': (lambda d: in_space(d, inactive=[['Color']]), 'which is no operation'),
+       'limits unknown': (lambda d: in_space(d, limits={'Blur': [0,1]}), "`limits` names 'Blur'"),
+       'limits list': (lambda d: in_space(d, limits=[1]), 'must be a dictionary'),
        'limits wide': (lambda d: in_space(d, limits={'Rotate': [0,90]}), 'whose magnitudes go from 0 to 30'),
        'limits exceeded': (lambda d: in_space(d, limits={'Rotate': [0,1e-3]}), 'Rotate_0.m has a value outside')}
 
@@ -73,7 +82,8 @@ def calm(**kw):
     "A schedule that uses all that a schedule can say"
     sp = Space(limits={'Rotate': (0,10), 'Cutout': [0.05,0.1]})
     values = sp.values(torch.randn(4,54, generator=torch.Generator().manual_seed(1)).double())
-    return Schedule([0,0.2,0.5,1], values, **{**dict(sigma=0.5, provenance=dict(seed=1), skip=['Invert','AutoContrast'], inactive=['Color'], limits=sp.limits), **kw})
+    return Schedule([0,0.2,0.5,1], values, **{**dict(sigma=0.5, provenance=dict(seed=1), skip=['Invert','AutoContrast'],
+                                                     inactive=['Color'], limits=sp.limits), **kw})
 
 def test_skip_inactive_and_limits_come_back_from_a_file(tmp_path):
     s = calm()
@@ -130,7 +140,8 @@ def test_a_replay_goes_on_past_the_end(schedule):
 
 def test_what_is_printed_is_short_and_ascii():
     end = torch.full((54,), 0.02).double()*(space.hi-space.lo)+space.lo
-    for n,v in {'Rotate_0.p': 0.5, 'Rotate_1.p': 0.7, 'Rotate_0.m': 20, 'Rotate_1.m': 22, 'Invert_0.p': 0.3, 'Color_0.p': 0.9, 'Color_1.p': 0.9}.items(): end[space.names.index(n)] = v
+    for n,v in {'Rotate_0.p': 0.5, 'Rotate_1.p': 0.7, 'Rotate_0.m': 20, 'Rotate_1.m': 22, 'Invert_0.p': 0.3, 'Color_0.p': 0.9, 'Color_1.p': 0.9}.items():
+        end[space.names.index(n)] = v
     s = Schedule([0,1], torch.stack([space.lo,end]), inactive=['Color'])
     assert repr(s)==str(s) and str(s).startswith('Schedule: 2 points, sigma 1; at the end Rotate p=0.60 m=21, Invert p=0.16, ')
     assert 'could not act in the search: Color' in str(s) and 'Color p' not in str(s)

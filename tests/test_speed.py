@@ -19,7 +19,8 @@ def flops(cb, model=None):
     return n.get_total_flops()
 
 def test_a_search_costs_a_third_more():
-    "A hyper-step is a forward pass and a backward pass without the gradients of the weights, 2/3 of a training step, after every second one: 1 + 2/3/2. The first batch norm sees few channels"
+    """A hyper-step is a forward pass and a backward pass without the gradients of the weights, 2/3 of a training step, after every
+    second one: 1 + 2/3/2. The first batch norm sees few channels"""
     plain = flops([])
     assert flops([HBACallback(warmup=0)]) < 1.35*plain
     assert flops([HBACallback(T_train=1, warmup=0)]) > 1.5*plain # so the count sees the hyper-steps

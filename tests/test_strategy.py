@@ -17,12 +17,14 @@ def tv_vit(): return models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=4
 def tv_swin(): return models.SwinTransformer([4,4], 16, [1,1], [2,2], [4,4], num_classes=4)
 def timm_convnext(**kw): return ConvNeXt(depths=(1,1,1,1), dims=(8,8,16,16), num_classes=4, **kw)
 def bit(**kw): return ResNetV2([1,1,1,1], channels=(128,128,128,128), stem_chs=32, conv_layer=StdConv2d, norm_layer=GroupNormAct, num_classes=4, **kw)
-def headed(body, n, *parts): return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(n), nn.Linear(n,64), nn.ReLU(), nn.BatchNorm1d(64), nn.Linear(64,4))
+def headed(body, n, *parts):
+    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(n), nn.Linear(n,64), nn.ReLU(), nn.BatchNorm1d(64), nn.Linear(64,4))
 
 BN = { # networks with batch norm: side of the image, network
     'resnet18': (32, lambda: models.resnet18(num_classes=4)), 'mobilenet_v3_small': (32, lambda: models.mobilenet_v3_small(num_classes=4)),
     'efficientnet_b0': (32, lambda: models.efficientnet_b0(num_classes=4)), 'densenet121': (32, lambda: models.densenet121(num_classes=4)),
-    'timm resnet10t': (32, lambda: create_model('resnet10t', num_classes=4)), 'timm mobilenet': (32, lambda: create_model('mobilenetv3_small_050', num_classes=4)),
+    'timm resnet10t': (32, lambda: create_model('resnet10t', num_classes=4)),
+    'timm mobilenet': (32, lambda: create_model('mobilenetv3_small_050', num_classes=4)),
     'xresnet18': (32, lambda: xresnet18(n_out=4)), 'vision_learner resnet18': (32, lambda: create_vision_model(models.resnet18, 4, pretrained=False)),
     'unet_learner': (64, lambda: create_unet_model(models.resnet18, 4, (64,64), pretrained=False)),
     'one block': (16, lambda: headed(nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16)), 16))}
@@ -30,7 +32,8 @@ OTHERS = { # side, network, layer
     'convnext': (32, tv_convnext, 'features.0.1'), 'vit': (32, tv_vit, 'encoder.layers.encoder_layer_0.ln_1'), 'swin': (32, tv_swin, 'features.0.2'),
     'timm convnext': (32, timm_convnext, 'stem.1'), 'timm vit': (32, lambda: create_model('vit_tiny_patch16_224', img_size=32), 'blocks.0.norm1'),
     'timm swin': (32, lambda: SwinTransformer(32, 4, embed_dim=16, depths=(1,1), num_heads=(2,2), window_size=4), 'patch_embed.norm'),
-    'timm cait': (32, lambda: create_model('cait_xxs24_224', img_size=32), 'blocks.0.norm1'), 'timm mixer': (32, lambda: create_model('mixer_s32_224', img_size=32), 'blocks.0.norm1'),
+    'timm cait': (32, lambda: create_model('cait_xxs24_224', img_size=32), 'blocks.0.norm1'),
+    'timm mixer': (32, lambda: create_model('mixer_s32_224', img_size=32), 'blocks.0.norm1'),
     'timm bit': (32, bit, 'stages.0.blocks.0.norm1'), 'timm nf_resnet26': (32, lambda: create_model('nf_resnet26', num_classes=4), 'stem.conv'),
     'vision_learner convnext': (32, lambda: headed(tv_convnext().features, 16), '0.0.1'),
     'vision_learner timm convnext': (32, lambda: create_timm_model('convnext_atto', 4, pretrained=False)[0], '0.model.stem.1'),
@@ -68,9 +71,11 @@ def test_auto_takes_an_early_layer_of_the_body(name):
 def test_layers_in_the_last_tenth_come_with_a_warning(strategy):
     model = headed(tv_convnext().features[:2], 8)
     if strategy=='first_linear': model[0][1][0].block[3],model[0][1][0].block[5] = nn.Identity(),nn.Identity() # no linear layer before the head
-    with pytest.warns(UserWarning, match='sees next to nothing of the network: `[347]` .*; [0-9]% of'): select(model, batch(32), [model[7]] if strategy=='the last' else strategy)
+    with pytest.warns(UserWarning, match='sees next to nothing of the network: `[347]` .*; [0-9]% of'):
+        select(model, batch(32), [model[7]] if strategy=='the last' else strategy)
 
-@pytest.mark.parametrize('model,match', [(nn.Sequential(nn.Flatten(), nn.Linear(192,4)), 'auto.*finds no normalisation layer or convolution .* in Sequential, whose layers are: 1 Linear'),
+@pytest.mark.parametrize('model,match', [(nn.Sequential(nn.Flatten(), nn.Linear(192,4)),
+                                          'auto.*finds no normalisation layer or convolution .* in Sequential, whose layers are: 1 Linear'),
                                          (headed(nn.Sequential(StdConv2d(3,64,3), StdConv2d(64,64,3)), 64), 'auto.*whose layers are: 2 BatchNorm1d, 2 Linear')])
 def test_auto_refuses_a_network_without_an_early_layer(model, match):
     with pytest.raises(ValueError, match=match): select(model, batch(8))

@@ -2,17 +2,18 @@
 import multiprocessing,random,re,warnings
 from functools import cache
 import numpy as np, pandas as pd, pytest, torch
-from fastai.data.all import (CategoryBlock,DataBlock,DataLoader,DataLoaders,IntToFloatTensor,MultiCategoryBlock,Normalize,RandomSplitter,RegressionBlock,TfmdDL,Transform,
-                             get_image_files,parent_label)
+from fastai.data.all import (CategoryBlock,DataBlock,DataLoader,DataLoaders,IntToFloatTensor,MultiCategoryBlock,Normalize,RandomSplitter,
+                             RegressionBlock,TfmdDL,Transform,get_image_files,parent_label)
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastai.vision.all import ImageBlock,ImageDataLoaders,MaskBlock,PILImage,RandTransform,Resize,ToTensor,TransformBlock,aug_transforms
 from PIL import Image
 from torch.utils import data as torch_data
-from conftest import small_learner,small_net
+from conftest import small_net
 from hba_fastai.data import array_dls,digits,digits_dls
-from hba_fastai.stream import HyperBatches,Order,hold_out,inner_dl,labels_of
+from hba_fastai.balance import Order,hold_out
+from hba_fastai.stream import HyperBatches,inner_dl,labels_of
 from hba_fastai.target import check_valid,target_batches
 
 NORM = Normalize.from_stats([0.3]*3, [0.3]*3, cuda=False)
@@ -244,7 +245,8 @@ def test_what_augments_in_training_is_not_even_asked(root):
         split_idx = 0
         def encodes(self, x:PILImage): asked.append('data set'); return x
     set_seed(0)
-    block = DataBlock((TransformBlock(type_tfms=[PILImage.create,Own]),CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=lambda f: (range(120),[]),
+    block = DataBlock((TransformBlock(type_tfms=[PILImage.create,Own]),CategoryBlock), get_items=get_image_files,
+                      get_y=parent_label, splitter=lambda f: (range(120),[]),
                       item_tfms=[Resize(12),ToTensor], batch_tfms=[IntToFloatTensor,NORM,Ask])
     dls = block.dataloaders(root/'train', bs=20, num_workers=0)
     asked.clear()
@@ -316,8 +318,8 @@ def test_a_folder_for_data_that_fastai_does_not_read(root):
     (1.,ValueError,'between 0 and 1'), (-0.1,ValueError,'between 0 and 1'), (float('nan'),ValueError,'between 0 and 1'), (30.,ValueError,'between 0 and 1'),
     ([],ValueError,'valid is an empty list'), ('no/such',ValueError,"valid='no/such' does not exist"),
     (__file__,ValueError,'is a file and not a folder'),
-    ([1,2],TypeError,'valid is a list with a int in it'),
-    ({},TypeError,'valid is a dict'), (object(),TypeError,'valid is a object'), (DataLoaders(),ValueError,'without a loader')])
+    ([1,2],TypeError,'valid is a list that holds the type int: give'),
+    ({},TypeError,'valid is of type dict'), (object(),TypeError,'valid is of type object'), (DataLoaders(),ValueError,'without a loader')])
 def test_what_is_refused_at_once(valid, error, match):
     with pytest.raises(error, match=re.escape(match)): check_valid(valid)
 
@@ -381,9 +383,9 @@ def test_files_that_cannot_be_read(root, tmp_path):
     broken.write_bytes(broken.read_bytes()[:60])
     (tmp_path/'2'/'text.jpg').write_text('no image')
     for valid in (tmp_path, get_image_files(tmp_path)):
-        match = f'2 of 21 image files of (the folder|a list).* cannot be read, .*(text.jpg|{broken.name}).*: fix or remove them'
+        match = f'2 of 21 image files of (the folder|a list).* cannot be used, .*(text.jpg|{broken.name}).*: fix or remove them'
         with pytest.raises(ValueError, match=match): take(valid, folder(root))
-    match = 'valid is a list with 1 names that are no files, gone.png: give image files that are there'
+    match = 'valid is a list of 2 files and 1 cannot be found, gone.png: give image files that are there'
     with pytest.raises(ValueError, match=match): take([next(tmp_path.glob('4/*')),'gone.png'], folder(root))
 
 def test_folders_that_are_not_of_classes(root, tmp_path):

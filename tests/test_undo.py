@@ -1,5 +1,5 @@
-"""A fit that does not end well leaves nothing behind: interrupted at any line of ours while the search is put in place, at any event, by Ctrl-C or a foreign error,
-with the callback given to `fit` or kept in the Learner"""
+"""A fit that does not end well leaves nothing behind: interrupted at any line of ours while the search is put in place, at any event,
+by Ctrl-C or a foreign error, with the callback given to `fit` or kept in the Learner"""
 import subprocess,sys
 from pathlib import Path
 import pytest, torch
@@ -25,9 +25,11 @@ def fingerprint(learn) -> dict:
     names = lambda dl: sorted(set(vars(dl))-{'_n_inp','_types'}) # fastai caches those itself
     pipes = lambda dl: {k: ids(getattr(dl, k).fs) for k in ('after_item','before_batch','after_batch')}
     return dict(keys=list(learn.model.state_dict()), modules=[(n,type(m),sorted(vars(m))) for n,m in learn.model.named_modules()],
-                trained=[p.requires_grad for p in learn.model.parameters()], groups=[ids(g) for g in opt.param_lists], opt=(sorted(vars(opt)),sorted(vars(inner))),
+                trained=[p.requires_grad for p in learn.model.parameters()], groups=[ids(g) for g in opt.param_lists],
+                opt=(sorted(vars(opt)),sorted(vars(inner))),
                 states=sorted((id(p),sorted(s)) for p,s in inner.state.items()), loaders=[(names(dl),dl.n,pipes(dl)) for dl in learn.dls.loaders],
-                metrics=ids(learn.metrics), cbs=ids(learn.cbs), learner=sorted(k for k in vars(learn) if k not in ('smooth_loss','final_record','loss_grad','x','y','iter')))
+                metrics=ids(learn.metrics), cbs=ids(learn.cbs),
+                learner=sorted(k for k in vars(learn) if k not in ('smooth_loss','final_record','loss_grad','x','y','iter')))
 
 def assert_plain(learn, before, kept=False):
     after = fingerprint(learn)
@@ -132,7 +134,8 @@ def test_its_export_loads_where_the_package_is_missing(kind, tmp_path):
     learn.export(tmp_path/'kept.pkl')
     learn.remove_cb(cb)
     learn.export(tmp_path/'e.pkl')
-    code = f"import sys,warnings; warnings.simplefilter('ignore'); sys.modules['hba_fastai'] = None; from fastai.vision.all import load_learner; print(len(load_learner({str(tmp_path/'e.pkl')!r}).dls.vocab))"
+    code = ("import sys,warnings; warnings.simplefilter('ignore'); sys.modules['hba_fastai'] = None; "
+        f"from fastai.vision.all import load_learner; print(len(load_learner({str(tmp_path/'e.pkl')!r}).dls.vocab))")
     r = subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, cwd=tmp_path)
     assert r.stdout.strip().endswith('2'), r.stderr[-2000:]
 
@@ -147,11 +150,13 @@ def test_kept_and_stopped_it_can_go_on_and_be_exported(tmp_path):
 def test_the_same_object_on_a_model_of_other_widths():
     hba,learn = HBACallback(seed=0),small_learner()
     learn.fit(2, cbs=hba)
-    first,other = hba.schedule,small_learner(model=torch.nn.Sequential(torch.nn.Conv2d(3,5,3), torch.nn.BatchNorm2d(5), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(5,10)))
+    first,other = hba.schedule,small_learner(model=torch.nn.Sequential(torch.nn.Conv2d(3,5,3), torch.nn.BatchNorm2d(5),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(5,10)))
     with pytest.warns(UserWarning, match='a new search begins'): other.fit(2, cbs=hba)
     assert hba.schedule is other.hba_schedule and learn.hba_schedule is first and hba.schedule.progress.tolist()==[0,0.5,1]
 
-@pytest.mark.parametrize('pair', [(HBACallback,HBACallback), (HBACallback,lambda: ScheduleCallback(start_schedule())), (lambda: ScheduleCallback(start_schedule()),)*2])
+@pytest.mark.parametrize('pair', [(HBACallback,HBACallback), (HBACallback,lambda: ScheduleCallback(start_schedule())),
+                                  (lambda: ScheduleCallback(start_schedule()),)*2])
 @pytest.mark.parametrize('kept', [False,True])
 def test_twice_the_augmentation_is_refused(pair, kept):
     learn = small_learner()
