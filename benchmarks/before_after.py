@@ -10,13 +10,13 @@ from common import *
 
 WORK = '''
 import sys,time,torch
-from hba_fastai.policy import PBAPolicy
-from hba_fastai.space import Space
+from hba_fastai.pba import PBAPolicy
+from hba_fastai.space import PBASpace
 torch.set_num_threads(int(sys.argv[1])); new = sys.argv[2]=='after'
 for b,s in ((128,32),(64,224)):
     g = torch.Generator().manual_seed(0)
     u = torch.randint(0, 256, (b,3,s//8,s//8), dtype=torch.uint8, generator=g).repeat_interleave(8,2).repeat_interleave(8,3)
-    policy,lam = PBAPolicy(),Space().start().expand(b,-1)
+    policy,lam = PBAPolicy(),PBASpace().start(0.05).expand(b,-1)
     def f(): return policy.apply(u, policy.draw(lam)).float().div_(255) if new else policy.apply(u.float().div_(255), policy.draw(lam), inplace=True)
     for _ in range(3): f()
     n,t = 0,time.perf_counter()

@@ -15,7 +15,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from common import *
-from hba_fastai.all import HBACallback,Space,array_dls
+from hba_fastai.all import HBACallback,PBASpace,array_dls
 from hba_fastai.data import digits_dls
 from hba_fastai.session import digits_net
 
@@ -61,7 +61,7 @@ def measured(task, setting, seed, jitter=0.):
 
 def apart(a, b):
     "How far two runs are from each other: last λ in parts of the ranges (mean), norms of the weights relative to all, test error in percent points"
-    width = [hi-lo for lo,hi in Space().ranges]
+    width = [hi-lo for lo,hi in PBASpace().ranges]
     schedule = sum(abs(x-y)/w for x,y,w in zip(a['last'], b['last'], width))/len(width)
     norms = [torch.tensor(list(o['weight_norms'].values())) for o in (a,b)]
     weights = ((norms[0]-norms[1]).norm()/norms[1].norm()).item()

@@ -17,9 +17,9 @@ from functools import partial
 from torchvision.transforms import v2
 from common import *
 from planted import small
-from hba_fastai.callback import AT,HBACallback,ScheduleCallback,_start
+from hba_fastai.search import AT,HBACallback,ScheduleCallback,_start
 from hba_fastai.schedule import Schedule
-from hba_fastai.space import ENHANCERS,Space
+from hba_fastai.space import ENHANCERS,PBASpace
 
 OUT = RESULTS/'controls'
 TASKS = {'wrn16': (32, lambda: Bfloat16(wrn(16,1))), 'small': (16, lambda: wrn(10,1))}
@@ -45,7 +45,7 @@ def pba_schedule(f, epochs=200):
     "A schedule of Population Based Augmentation as ours, without ε"
     log = [ast.literal_eval(l) for l in f.read_text().splitlines() if l.strip()]
     parts = [(log[0][3],log[0][4])] + [(b[3]-a[3],a[5]) for a,b in zip(log, log[1:])] + [(epochs-log[-1][3],log[-1][5])]
-    at,rows,names,seen = [],[],Space().names,0
+    at,rows,names,seen = [],[],PBASpace().names,0
     for n,policy in parts:
         d = {}
         for i in range(30):
@@ -71,7 +71,7 @@ def random_like(s, seed):
     u = torch.cat([deal(u[:,:sp.n]),deal(u[:,sp.n:])], 1)
     return Schedule(s.progress, sp.lo+(sp.hi-sp.lo)*u, s.sigma)
 
-fixed = lambda: Schedule([0.], Space().values(_start(AT).double())[None])
+fixed = lambda: Schedule([0.], PBASpace().values(_start(AT).double())[None])
 
 ARMS = { # name: what, Cutout?, transform of torchvision
   'none': ('no augmentation', False, None), 'flip_crop': ('flip + crop', False, None), 'cutout': ('flip + crop + Cutout', True, None),

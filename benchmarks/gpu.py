@@ -18,8 +18,8 @@ from fastai.optimizer import SGD
 from functools import partial
 from common import *
 from hba_fastai import ops
-from hba_fastai.callback import HBACallback
-from hba_fastai.policy import PBAPolicy
+from hba_fastai.search import HBACallback
+from hba_fastai.pba import PBAPolicy
 from hba_fastai.transform import PolicyTransform
 from surcharge import timed
 

@@ -11,13 +11,13 @@ from common import *
 from surcharge import learner,seconds,timed
 from transform import measure
 import hba_fastai.policy as hba_policy
-from hba_fastai.callback import HBACallback
-from hba_fastai.policy import PBAPolicy
-from hba_fastai.space import Space
+from hba_fastai.search import HBACallback
+from hba_fastai.pba import PBAPolicy
+from hba_fastai.space import PBASpace
 
 def one(b, size, copies, device):
     "Function that augments a batch of bytes under a space with so many copies of each operation"
-    with mock.patch.object(hba_policy, 'Space', lambda limits: Space(copies, limits)): policy = PBAPolicy().to(device)
+    with mock.patch.object(hba_policy, 'Space', lambda limits: PBASpace(copies, limits)): policy = PBAPolicy().to(device)
     u,lam = torch.randint(0, 256, (b,3,size,size), dtype=torch.uint8).to(device),policy.space.start(0.1/copies).expand(b,-1).to(device)
     return lambda: policy.apply(u, policy.draw(lam))
 
@@ -25,7 +25,7 @@ def transform_rows(device, rounds, sync):
     out = {}
     for what,cases in {'batch (32 pixels)': {b: one(b, 32, 2, device) for b in (32,128,512)},
                        'pixels (batch 64)': {s: one(64, s, 2, device) for s in (32,64,128,224)},
-                       'H (batch 128, 32 pixels)': {len(Space(c)): one(128, 32, c, device) for c in (1,2,4,8)}}.items():
+                       'H (batch 128, 32 pixels)': {len(PBASpace(c)): one(128, 32, c, device) for c in (1,2,4,8)}}.items():
         speed = measure(cases, 1, rounds, 0.2, sync) # batches per second
         out[f'transform: {what}'] = {str(k): [float(np.median(speed[k0:=next(iter(cases))])/np.median(v)), 1000/float(np.median(v))] for k,v in speed.items()}
     return out

@@ -28,13 +28,13 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Normalize
 from common import RESULTS,NoValid,environment,mean_se,quiet
-from hba_fastai.callback import HBACallback
+from hba_fastai.search import HBACallback
 from hba_fastai.data import array_dls,digits
 from hba_fastai.ops import OPS
-from hba_fastai.policy import PBAPolicy
+from hba_fastai.pba import PBAPolicy
 from hba_fastai.schedule import Schedule
 from hba_fastai.session import digits_net
-from hba_fastai.space import GEOMETRIC,Space
+from hba_fastai.space import GEOMETRIC,PBASpace
 from hba_fastai.transform import population
 
 OUT = RESULTS/'payoff'
@@ -133,7 +133,7 @@ class Replay:
         lam = population(self.schedule.lam(pct), self.schedule.sigma, len(x), g, self.policy.active)
         return self.policy.apply(x, self.policy.draw(lam, g))
 
-def start_values(): return Schedule([0.], Space().values(HBACallback().lam.double())[None])
+def start_values(): return Schedule([0.], PBASpace().values(HBACallback().lam.double())[None])
 
 POLICIES = {'nothing': lambda: None, 'crop': lambda: crop, 'start': lambda: Replay(start_values()),
             'trivial': lambda: PerImage(v2.TrivialAugmentWide()), 'augmix': lambda: PerImage(v2.AugMix())}

@@ -20,15 +20,15 @@ from fastai.torch_core import set_seed
 from functools import partial
 from unittest import mock
 from common import *
-import hba_fastai.callback as hba_callback
+import hba_fastai.search as hba_callback
 import hba_fastai.transform as hba_transform
-from hba_fastai.callback import HBACallback
+from hba_fastai.search import HBACallback
 from hba_fastai.evidence import SIGNAL
 from hba_fastai.session import digits_net
 from hba_fastai.data import digits
 from hba_fastai.ops import OPS,OP_NAMES
-from hba_fastai.policy import PBAPolicy
-from hba_fastai.space import GEOMETRIC,TABLE7,Space
+from hba_fastai.pba import PBAPolicy
+from hba_fastai.space import GEOMETRIC,TABLE7,PBASpace
 
 OUT = RESULTS/'planted'
 
@@ -165,7 +165,7 @@ CONFIGS = { # what it is, arguments
 
 def effects(x, values):
     "Mean absolute change of pixels (30,) by each entry of the space at its magnitude"
-    sp,out = Space(),[]
+    sp,out = PBASpace(),[]
     m = F.pad(values.float(), (0,1))[PBAPolicy().column]
     for i,(op,_) in enumerate(sp.entries):
         signs = (-1,1) if op in GEOMETRIC else (1,)
@@ -174,7 +174,7 @@ def effects(x, values):
 
 def doses(x, lam):
     "Dose of each operation in the policy of λ: by pixel change, and by severity (0..1; 1 for operations without a magnitude)"
-    policy,sp = PBAPolicy(),Space()
+    policy,sp = PBAPolicy(),PBASpace()
     values = sp.values(lam)
     p = policy.p_applied(lam).double()
     hard = policy.severities(values).abs().clamp(max=1)

@@ -25,7 +25,7 @@ from fastai.torch_core import params,set_seed
 from fastcore.foundation import L
 from common import *
 from planted import doses,rank,shifted,signals,small
-from hba_fastai.callback import HBACallback
+from hba_fastai.search import HBACallback
 from hba_fastai.data import digits
 from hba_fastai.hyper import executed
 

@@ -15,7 +15,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from functools import partial
 from common import *
-from hba_fastai.callback import HBACallback,ScheduleCallback
+from hba_fastai.search import HBACallback,ScheduleCallback
 
 OUT = RESULTS/'reduced_cifar'
 

@@ -13,9 +13,9 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from functools import partial
 from common import *
-from hba_fastai.callback import HBACallback,ScheduleCallback,PolicyTransform
+from hba_fastai.search import HBACallback,ScheduleCallback,PolicyTransform
 from hba_fastai.schedule import Schedule
-from hba_fastai.space import Space
+from hba_fastai.space import PBASpace
 
 MODELS = {'wrn-16-2': (lambda: wrn(16,2), 32, 128), 'resnet18': (None, 64, 64)} # network, image size, batch
 STRATEGIES = ['first_bn','first_conv','bn','conv','conv+bn']
@@ -51,7 +51,7 @@ def ratios(model, rounds, batches, device, whole):
     "Ratio of the times for each strategy and for the replay, and the shares of a search; two rounds for all but the default strategy"
     sync = torch.cuda.synchronize if device=='cuda' else lambda: None
     learn = learner(model, batches, device)
-    start = Schedule([0.], Space().values(Space().start())[None])
+    start = Schedule([0.], PBASpace().values(PBASpace().start(0.05))[None])
     search = lambda *a, **k: lambda: HBACallback(*a, seed=0, warmup=0., **k)
     main = {'plain again': lambda: None, 'first_bn': search()}
     if whole: main['the default: first_bn, λ rests in the first 30%'] = lambda: HBACallback(seed=0)

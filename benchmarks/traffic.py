@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from common import *
 from hba_fastai import kernels,ops
-from hba_fastai.policy import PBAPolicy
+from hba_fastai.pba import PBAPolicy
 
 def held(t):
     "Bytes of the different numbers that a tensor shows"

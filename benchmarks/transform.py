@@ -10,8 +10,8 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 from common import *
-from hba_fastai.policy import PBAPolicy
-from hba_fastai.space import Space
+from hba_fastai.pba import PBAPolicy
+from hba_fastai.space import PBASpace
 
 PEER = 'timm RandAugment, PIL, per image'
 
@@ -21,7 +21,7 @@ def contenders(b, s, device):
     u = torch.randint(0, 256, (b//8+1,3,max(s//8,1),max(s//8,1)), dtype=torch.uint8, generator=g).repeat(8,1,1,1)[:b].repeat_interleave(8,2).repeat_interleave(8,3)[...,:s,:s].contiguous() # blocks: between noise and photographs
     x = (u.float()/255).to(device)
     u = u.to(device)
-    policy,lam = PBAPolicy().to(device),lambda at: Space().start(at).expand(b,-1).to(device)
+    policy,lam = PBAPolicy().to(device),lambda at: PBASpace().start(at).expand(b,-1).to(device)
     out = {'copy of the float batch': x.clone, 'copy of the bytes': u.clone}
     for name,at in (('start λ',0.05),('λ = 0',0.5)):
         l,y = lam(at),x.clone()

@@ -7,7 +7,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/pba.html.md"""
 # %% auto #0
 __all__ = ['P_K', 'GRADED', 'GAIN', 'gauss', 'Draw', 'Operations', 'PBAPolicy']
 
-# %% ../nbs/02b_pba.ipynb #c37d4fa0
+# %% ../nbs/02b_pba.ipynb #e462534e
 import warnings
 from typing import NamedTuple
 import numpy as np
@@ -17,7 +17,8 @@ from torch import Tensor
 from fastcore.basics import listify,patch
 from .space import *
 from .policy import *
-from .ops import *
+from .pixels import OP,OP_NAMES,from_levels,to_levels
+from .ops import apply_ops
 
 # %% ../nbs/02b_pba.ipynb #1efe6f6e
 P_K = (0.2,0.3,0.5) # P(K=0), P(K=1), P(K=2) (Appendix A)

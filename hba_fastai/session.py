@@ -15,7 +15,7 @@ from contextlib import contextmanager,nullcontext
 from fastcore.script import CliError
 from fastai.vision.all import *
 from fastprogress.fastprogress import ConsoleProgressBar
-from .callback import *
+from .search import *
 from .data import *
 from .folder import *
 from .items import check_readable
@@ -63,7 +63,7 @@ def chosen(strategy=None, skip=None, limits=None) -> dict:
         try: kw['limits'] = {op: tuple(map(float, ends.split(':'))) for op,ends in pairs}
         except ValueError: raise CliError(f"--limits {limits!r} is not like Rotate=0:10,TranslateX=0:0.1: "
             "give operations with their lowest and highest magnitude") from None
-        try: Space(limits=kw['limits'])
+        try: PBASpace(limits=kw['limits'])
         except ValueError as e: raise CliError(f"--limits {limits!r}: {e}") from None
     return kw
 

@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+from unittest import mock
 import torch
 from fastai.callback.all import ProgressCallback
 from fastai.learner import Learner

@@ -7,10 +7,10 @@ from fastai.optimizer import OptimWrapper,SGD
 from fastai.vision.augment import Normalize,aug_transforms
 from torch import nn
 from conftest import small_learner,small_net
-from hba_fastai.callback import AT,_start,HBACallback,ScheduleCallback
+from hba_fastai.search import AT,_start,HBACallback,ScheduleCallback
 from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.schedule import Schedule
-from hba_fastai.space import Space
+from hba_fastai.space import PBASpace
 
 class Log(HBACallback):
     "Notes weight steps (w) and hyper-steps (h)"
@@ -65,7 +65,7 @@ def lam_of(seed, **kw):
 def test_same_seed_same_schedule(kw):
     (a,ma),(b,mb),(c,_) = lam_of(1,**kw),lam_of(1,**kw),lam_of(2,**kw)
     assert torch.equal(a,b) and all(torch.equal(ma[k],mb[k]) for k in ma) and not torch.equal(a,c)
-    assert (a[0]-Space().values(_start(AT).double())).abs().max()<1e-5 and not torch.equal(a[0],a[-1])
+    assert (a[0]-PBASpace().values(_start(AT).double())).abs().max()<1e-5 and not torch.equal(a[0],a[-1])
 
 def plain(learn):
     "What must be as it was"
@@ -84,7 +84,7 @@ class Boom(Callback):
 @pytest.mark.parametrize('end', [None,KeyboardInterrupt(),RuntimeError('foreign'),CancelFitException()])
 @pytest.mark.parametrize('event', ['after_pred','after_step','before_validate','after_batch'])
 @pytest.mark.parametrize('cb', [HBACallback, lambda: HBACallback(centred=False, strategy='conv+bn'),
-                                lambda: ScheduleCallback(Schedule([0.], Space().values(Space().start())[None]))])
+                                lambda: ScheduleCallback(Schedule([0.], PBASpace().values(PBASpace().start(0.05))[None]))])
 def test_the_learner_is_left_plain(cb, event, end):
     if end is None and event!='after_pred': return
     learn = small_learner()
@@ -108,10 +108,10 @@ def test_uncentred_layers_hold_the_plain_network_after_training():
     class See(Callback):
         order = 30
         def before_validate(self):
-            hba,l = self.learn.hba,self.learn.hba.hnet.layers[0]
+            hba,l = self.learn.hba,self.learn.hba.net.layers[0]
             if 'w' not in seen: seen['w'],seen['resp'] = l.layer.weight.detach().clone(),(l.V['weight']@hba.ref*l.U['weight']).detach().clone()
         def before_batch(self):
-            if self.training and 'w' in seen and 'phi0' not in seen: seen['phi0'] = self.learn.hba.hnet.layers[0].layer.weight.detach().clone()
+            if self.training and 'w' in seen and 'phi0' not in seen: seen['phi0'] = self.learn.hba.net.layers[0].layer.weight.detach().clone()
     small_learner().fit(2, cbs=[HBACallback(centred=False), See()])
     assert torch.allclose(seen['phi0'], seen['w']-seen['resp'], atol=1e-6) and seen['resp'].abs().max()>1e-4
 
@@ -125,8 +125,8 @@ def test_optimizer_groups_and_saved_state(opt_func, tmp_path):
             if self.training and self.learn.train_iter==9:
                 hba,opt = self.learn.hba,self.learn.opt
                 assert [len(g) for g in opt.param_lists]==[6,4+4]
-                assert all(any(p is q for q in opt.param_lists[1]) for p,_ in hba.hnet.params)
-                assert all(v.abs().max()>0 for k,v in hba.hnet.layers[0].V.items())
+                assert all(any(p is q for q in opt.param_lists[1]) for p,_ in hba.net.params)
+                assert all(v.abs().max()>0 for k,v in hba.net.layers[0].V.items())
                 self.learn.save(f'{tmp_path}/mid', with_opt=True)
                 assert [len(g) for g in opt.param_lists]==[6,8]
     learn.fit(1, lr=slice(1e-3,1e-2), cbs=[HBACallback(), Mid()])
@@ -160,13 +160,13 @@ def test_policy_acts_between_scaling_and_normalisation_on_training_batches_only(
 def test_object_goes_on_over_two_fits():
     learn,hba = small_learner(),HBACallback()
     learn.fit(1, cbs=hba)
-    lam,v = hba.lam.clone(),hba.hnet.layers[0].V['weight'].detach().clone()
+    lam,v = hba.lam.clone(),hba.net.layers[0].V['weight'].detach().clone()
     seen = {}
     class See(Callback):
         order = 30
         def before_train(self):
             seen.setdefault('lam', self.learn.hba.lam.clone())
-            seen.setdefault('v', self.learn.hba.hnet.layers[0].V['weight'].detach().clone())
+            seen.setdefault('v', self.learn.hba.net.layers[0].V['weight'].detach().clone())
     learn.fit(3, cbs=[hba, See()])
     assert torch.equal(seen['lam'], lam) and torch.equal(seen['v'], v)
     assert hba.schedule.progress.tolist()==[0,0.25,0.5,0.75,1] and hba.schedule.provenance['epochs']==4
@@ -179,8 +179,8 @@ def test_replay_is_stretched(n):
         def before_batch(self):
             if self.training: seen.append((self.learn.schedule.tfm.lam_i.mean().item(), self.learn.pct_train))
     learn = small_learner()
-    learn.fit(n, cbs=[ScheduleCallback(Schedule([0,1], Space().values(lam)), sigma=0.), See()])
-    want = Schedule([0,1], Space().values(lam))
+    learn.fit(n, cbs=[ScheduleCallback(Schedule([0,1], PBASpace().values(lam)), sigma=0.), See()])
+    want = Schedule([0,1], PBASpace().values(lam))
     for (l,pct),i in zip(seen, range(10*n)): assert abs(pct-i/(10*n))<1e-6 and abs(l-want.lam(i/(10*n)).mean())<1e-2
 
 def test_export_without_hba_fastai(tmp_path):
@@ -304,7 +304,7 @@ def test_report_tells_signal_from_noise(capsys):
 def test_the_preset_is_the_papers_setting():
     hba = HBACallback.paper(seed=3, T_train=4)
     assert (hba.strategy,hba.condition,hba.centred,hba.warmup,hba.joint,hba.seed,hba.T_train)==('first_bn','lambda',False,0.,False,3,4)
-    assert torch.allclose(hba.lam, Space().start()) and hba.lowest.max()<=Space().start(0.001).max()
+    assert torch.allclose(hba.lam, PBASpace().start(0.05)) and hba.lowest.max()<=PBASpace().start(0.001).max()
     small_learner().fit(1, cbs=hba)
 
 def test_longer_features_are_a_faster_response(monkeypatch):
@@ -320,5 +320,5 @@ def test_longer_features_are_a_faster_response(monkeypatch):
         learn.fit(2, 1e-2, cbs=hba)
         return hba.lam
     lam = found(1)
-    monkeypatch.setattr('hba_fastai.callback.GAIN', 1.)
+    monkeypatch.setattr('hba_fastai.search.GAIN', 1.)
     assert torch.allclose(lam, found(5), atol=1e-5) and not torch.allclose(lam, found(1), atol=1e-2)

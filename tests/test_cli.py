@@ -9,7 +9,7 @@ from fastcore.script import CliError
 from fastcore.test import test_eq as same
 from PIL import Image
 from hba_fastai import session
-from hba_fastai.callback import HBACallback
+from hba_fastai.search import HBACallback
 from hba_fastai.cli import hba_search
 from hba_fastai.data import digits,in_memory
 from hba_fastai.folder import folder_dls,folder_learner,split_folder

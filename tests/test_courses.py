@@ -12,10 +12,10 @@ from fastai.vision.augment import Flip,IntToFloatTensor,aug_transforms
 from fastai.vision.core import TensorImage
 from torch import nn
 from conftest import quiet,small_learner,small_net
-from hba_fastai.callback import HBACallback,ScheduleCallback
+from hba_fastai.search import HBACallback,ScheduleCallback
 from hba_fastai.data import array_dls,digits
 from hba_fastai.schedule import Schedule
-from hba_fastai.space import Space,TABLE7
+from hba_fastai.space import PBASpace,TABLE7
 from hba_fastai.transform import population
 
 def split_learner(**kw): return small_learner(splitter=lambda m: [list(m[:4].parameters()),list(m[4:].parameters())], **kw)
@@ -27,7 +27,7 @@ class Progress(Callback):
     def before_batch(self):
         if self.training: self.at.append((getattr(self.learn, 'hba', None) or self.learn.schedule).progress())
 
-def climbing(): return Schedule([0,1], Space().values(torch.stack([torch.full((54,), v) for v in (-5.,5.)])))
+def climbing(): return Schedule([0,1], PBASpace().values(torch.stack([torch.full((54,), v) for v in (-5.,5.)])))
 
 @pytest.mark.parametrize('make', [lambda: HBACallback(seed=0), lambda: ScheduleCallback(climbing(), seed=0)])
 @pytest.mark.parametrize('kept', [False,True])
@@ -169,10 +169,10 @@ def test_the_response_learns_where_its_layer_is_frozen_and_at_the_fastest_rate(t
         order = 40
         def before_train(self):
             seen.update(groups=[sum(any(p is q for q in g) for p,
-                                    _ in self.learn.hba.hnet.params) for g in self.opt.param_lists],
+                                    _ in self.learn.hba.net.params) for g in self.opt.param_lists],
                                     frozen=[p.requires_grad for p in self.model[:2].parameters()])
     learn.fit(2, slice(1e-4,1e-2), cbs=[hba,See()])
-    assert seen['groups']==[0,4] and seen['frozen']==[False,False,train_bn,train_bn] and all(v.abs().max()>1e-5 for l in hba.hnet.layers for v in l.V.values())
+    assert seen['groups']==[0,4] and seen['frozen']==[False,False,train_bn,train_bn] and all(v.abs().max()>1e-5 for l in hba.net.layers for v in l.V.values())
     same = HBACallback(seed=0)
     learn.unfreeze(); learn.fit_one_cycle(1, 1e-2, cbs=[same,See()])
     assert seen['groups']==[4,0] # one rate: with its layer
@@ -261,7 +261,7 @@ def test_what_the_layers_respond_to_has_mean_zero(condition):
                 hba.tfm.lam_i = population(hba.lam, hba.sigma, 2000, hba.generator, hba.tfm.active)
                 hba.tfm.drawn = hba.policy.draw(hba.tfm.lam_i, hba.generator)
                 zs.append(hba._z_batch())
-            hba.hnet.set(None)
+            hba.net.set(None)
     small_learner().fit(1, cbs=[hba,Many()])
     z = torch.cat(zs).double()
     worst = lambda z: (z.mean(0).abs()/(z.std(0)/len(z)**0.5).clamp(min=1e-12)).max()

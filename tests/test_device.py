@@ -4,12 +4,12 @@ Seen without such a GPU: tensors on the meta device, and fake tensors, have a de
 import pytest, torch
 import torch.nn.functional as F
 from conftest import small_net
-from hba_fastai.callback import HBACallback,LAM_MAX
+from hba_fastai.search import HBACallback,LAM_MAX
 from hba_fastai.evidence import signal
 from hba_fastai.hyper import HyperNet,hypergradient
 from hba_fastai.lam import adam,adam_start
-from hba_fastai.policy import PBAPolicy
-from hba_fastai.space import Space
+from hba_fastai.pba import PBAPolicy
+from hba_fastai.space import PBASpace
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,7 +25,7 @@ class no_float64(TorchDispatchMode):
 def test_the_guard_sees_float64():
     with no_float64():
         torch.zeros(3, dtype=torch.float64)
-        for f in (lambda: torch.zeros(3, dtype=torch.float64, device='meta'), lambda: torch.zeros(3, device='meta').double(), lambda: Space().lo.to('meta')):
+        for f in (lambda: torch.zeros(3, dtype=torch.float64, device='meta'), lambda: torch.zeros(3, device='meta').double(), lambda: PBASpace().lo.to('meta')):
             with pytest.raises(TypeError, match='float64 on meta'): f()
 
 @pytest.mark.parametrize('sigma', [0.,1.])
@@ -48,7 +48,7 @@ def test_a_policy_needs_no_float64_on_a_gpu():
         d = policy.draw(lam.repeat(8,1))
         assert {o.device.type for o in (*d,policy.features(d),policy.expected(lam),policy.expected(lam, 1.))}=={'cuda'}
 
-@pytest.mark.parametrize('space', [Space(),Space().to('meta')])
+@pytest.mark.parametrize('space', [PBASpace(),PBASpace().to('meta')])
 def test_a_space_needs_no_float64(space):
     lam = torch.zeros(54, device='meta')
     with no_float64():

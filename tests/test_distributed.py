@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fastai.distributed import DistributedDL
 from fastai.callback.core import Callback
 from conftest import small_learner
-import hba_fastai.callback as C
+import hba_fastai.search as C
 from hba_fastai.hyper import hypergradient
 from hba_fastai.schedule import Schedule
 
@@ -39,7 +39,7 @@ class See(Callback):
     def after_batch(self):
         if not self.training: return
         hba = self.learn.hba
-        phi = [(f'phi{i}',p.detach()) for i,(p,_) in enumerate(hba.hnet.params)]
+        phi = [(f'phi{i}',p.detach()) for i,(p,_) in enumerate(hba.net.params)]
         weights = [(k,v) for k,v in self.learn.model.state_dict().items() if 'running' not in k and 'num' not in k]
         for name,t in [('lam',hba.lam), *phi, *weights]:
             u,v = both(t.float()); assert torch.equal(u,v), f'{name} differs between the ranks at step {self.learn.train_iter}'

@@ -6,12 +6,12 @@ import pytest, torch
 import torch.nn.functional as F
 from conftest import recorded, small_net
 from fastai.optimizer import SGD
-from hba_fastai.callback import HBACallback,LAM_MAX
+from hba_fastai.search import HBACallback,LAM_MAX
 from hba_fastai.hyper import HyperNet,adam,adam_start,hypergradient
 from hba_fastai.kernels import triton
 from hba_fastai.ops import apply_ops
 from hba_fastai.optimizer import trained_with
-from hba_fastai.policy import PBAPolicy
+from hba_fastai.pba import PBAPolicy
 from hba_fastai.transform import population
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException,DynamicOutputShapeException,FakeTensorMode

@@ -20,10 +20,10 @@ from fastai.vision.all import (BBoxBlock,BBoxLblBlock,ImageBlock,ImageDataLoader
 from PIL import Image
 from torch import nn
 from conftest import quiet,small_learner,small_net
-from hba_fastai.callback import HBACallback,PolicyTransform,ScheduleCallback
+from hba_fastai.search import HBACallback,PolicyTransform,ScheduleCallback
 from hba_fastai.data import array_dls,digits
 from hba_fastai.schedule import Schedule
-from hba_fastai.space import Space
+from hba_fastai.space import PBASpace
 
 pytestmark = pytest.mark.filterwarnings('ignore') # fastai, timm and loggers warn at will; our own warnings are tested where they belong
 FLOWS = {} # (group, name) -> (what the search does, function of the callback)
@@ -372,7 +372,7 @@ def applied(monkeypatch):
 
 def make(kind, applied):
     if kind=='search': return HBACallback(seed=0)
-    cb = ScheduleCallback(Schedule([0,1], Space().values(torch.stack([Space().start()]*2))), seed=0)
+    cb = ScheduleCallback(Schedule([0,1], PBASpace().values(torch.stack([PBASpace().start(0.05)]*2))), seed=0)
     type(cb).last = property(lambda self: applied[-1])
     return cb
 

@@ -7,8 +7,8 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from hba_fastai.hyper import HyperNet,check_hypergradient,evaluating,hypergradient,select
-from hba_fastai.policy import PBAPolicy
-from hba_fastai.space import Space
+from hba_fastai.pba import PBAPolicy
+from hba_fastai.space import PBASpace
 
 LAYERS = {'Conv1d': (lambda: nn.Conv1d(4,6,3,padding=1), (4,9)), 'Conv2d': (lambda: nn.Conv2d(4,6,3,2,1,groups=2), (4,9,7)),
           'Conv2d reflect': (lambda: nn.Conv2d(4,6,3,padding=1,padding_mode='reflect',bias=False), (4,9,7)), 'Conv3d': (lambda: nn.Conv3d(4,6,3), (4,5,5,5)),
@@ -102,7 +102,7 @@ def tiny():
 def test_hypergradient_equals_finite_differences(condition, strategy, h=1e-4):
     model,x,y,policy = tiny(),torch.rand(9,3,8,8).double(),torch.randint(0,3,(9,)),PBAPolicy()
     model(x); model[1].running_mean.normal_(); model[1].running_var.uniform_(0.5,2)
-    lam = Space().start().double() + 0.5*torch.randn(54).double()
+    lam = PBASpace().start(0.05).double() + 0.5*torch.randn(54).double()
     z = (lambda l: l) if condition=='lambda' else policy.expected
     net = attached(select(model, (x,), strategy).layers, len(z(lam)))
     randomise(net)

@@ -5,7 +5,7 @@ from fastai.callback.all import (ChannelsLast,EarlyStoppingCallback,GradientAccu
                                  TerminateOnNaNCallback)
 from fastai.callback.core import Callback
 from conftest import small_learner
-from hba_fastai.callback import HBACallback,LAM_MAX
+from hba_fastai.search import HBACallback,LAM_MAX
 from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.lam import adam,adam_start
 

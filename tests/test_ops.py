@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from PIL import Image,ImageDraw,ImageEnhance,ImageOps
 from hba_fastai import ops
 from hba_fastai.ops import OPS,OP_NAMES,apply_ops,to_levels
-from hba_fastai.policy import PBAPolicy
+from hba_fastai.pba import PBAPolicy
 from hba_fastai.space import ENHANCERS,GEOMETRIC,TABLE7
 
 FILL = (125,122,113)

@@ -1,13 +1,13 @@
 "The sampler against its specification and against a literal walk, and the expected dose against simulation"
 import numpy as np, pytest, torch
 from hba_fastai.ops import OP_NAMES
-from hba_fastai.policy import GRADED,P_K,PBAPolicy
-from hba_fastai.space import Space
+from hba_fastai.pba import GRADED,P_K,PBAPolicy
+from hba_fastai.space import PBASpace
 
 def gen(seed): return torch.Generator().manual_seed(seed)
 
 def test_shares_at_five_percent(n=100_000):
-    d = PBAPolicy().draw(Space().start().expand(n,-1), gen(0))
+    d = PBAPolicy().draw(PBASpace().start(0.05).expand(n,-1), gen(0))
     count = (d.op>=0).sum(1)
     for k,share in enumerate((0.37,0.41,0.22)):
         assert abs((count==k).float().mean()-share) < 0.005 + 4*(share*(1-share)/n)**0.5 # shares are given to two digits; four standard errors
@@ -41,7 +41,7 @@ def test_dose_gradient_is_that_of_finite_differences(sigma):
 def test_mean_of_values_is_exact(sigma):
     "Against Gauss-Hermite with 150 nodes, wrong by about exp(-2·π/(σ√2)·√300) < 1e-16; the bound of ours is 2e-12 of the range"
     n,w = (torch.from_numpy(o) for o in np.polynomial.hermite_e.hermegauss(150))
-    space,lam = Space(),torch.linspace(-15, 15, 301).double()[:,None].expand(-1,54)
+    space,lam = PBASpace(),torch.linspace(-15, 15, 301).double()[:,None].expand(-1,54)
     want = (space.values(lam[...,None,:]+sigma*n[:,None])*(w/w.sum())[:,None]).sum(-2)
     assert ((space.expected(lam, sigma)-want).abs() <= 2e-12*(space.hi-space.lo)).all()
     assert (space.expected(lam.float(), sigma)-want).abs().div(space.hi-space.lo).max() < 1e-6 # float32, whose steps are 1.2e-7
@@ -50,7 +50,7 @@ def test_mean_of_values_is_exact(sigma):
 @pytest.mark.parametrize('p_rotate,skip', [(0.05,[]), (0.9,[]), (0.9,['Invert','TranslateX','Cutout'])])
 def test_mean_dose_under_perturbed_hyperparameters(p_rotate, skip, sigma, n=100_000):
     "Five standard errors hold the new expectation of every feature; the one at the bare λ, by which images under λ+ε were centred before, is far outside"
-    policy,lam = PBAPolicy(skip=skip),Space().start()
+    policy,lam = PBAPolicy(skip=skip),PBASpace().start(0.05)
     lam[[policy.space.names.index(f'Rotate_{c}.p') for c in (0,1)]] = torch.tensor(p_rotate).logit()
     lam_i = lam + sigma*policy.active*torch.randn(n, 54, generator=gen(4))
     f = policy.features(policy.draw(lam_i, gen(5))).double()
@@ -77,7 +77,7 @@ def test_signs_are_even_and_only_geometric(n=50_000):
     assert (d.centre>=0).all() and (d.centre<1).all()
 
 def test_severity_grows_from_nothing_to_all():
-    policy,n = PBAPolicy(),Space().n
+    policy,n = PBAPolicy(),PBASpace().n
     lo,hi = (policy.severities(policy.space.values(torch.full((54,), v).double())) for v in (-40.,40.))
     for e,(o,_) in enumerate(policy.space.entries):
         want = (0,0) if o not in GRADED else (-1,1) if o in ('Contrast','Color','Brightness','Sharpness') else (0,1)
@@ -122,7 +122,7 @@ def test_skip_is_checked():
 def test_untouched_images_are_bit_equal():
     x = torch.rand(500,3,8,8)
     policy = PBAPolicy()
-    d = policy.draw(Space().start().expand(500,-1), gen(0))
+    d = policy.draw(PBASpace().start(0.05).expand(500,-1), gen(0))
     same = (policy.apply(x, d)==x).flatten(1).all(1)
     assert same[d.op[:,0]<0].all() and not same.all()
 

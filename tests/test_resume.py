@@ -6,11 +6,11 @@ from fastai.optimizer import OptimWrapper,SGD
 from functools import partial
 from hypothesis import HealthCheck,given,settings,strategies as st
 from conftest import small_learner,small_net
-from hba_fastai.callback import HBACallback,ScheduleCallback
+from hba_fastai.search import HBACallback,ScheduleCallback
 from hba_fastai.data import digits_dls
 from hba_fastai.checkpoint import CheckpointError,load_checkpoint,save_checkpoint
 from hba_fastai.schedule import Schedule,ScheduleError
-from hba_fastai.space import Space
+from hba_fastai.space import PBASpace
 
 class Stop(Callback):
     "Ends the fit as a killed process would, without a farewell, in the middle of an epoch"
@@ -128,7 +128,7 @@ def test_sigkill_at_any_moment_leaves_a_file_that_loads(tmp_path):
 import warnings; warnings.simplefilter('ignore')
 from pathlib import Path
 from conftest import small_learner
-from hba_fastai.callback import HBACallback
+from hba_fastai.search import HBACallback
 l = small_learner(path=Path({str(tmp_path)!r}), n_train=40, n_valid=40)
 l.fit(10_000, cbs=HBACallback(checkpoint='s'))"""
     p = subprocess.Popen([sys.executable,'-c',code])
@@ -178,7 +178,7 @@ def test_fuzzed_schedules_give_our_error_or_a_sound_schedule(files, e):
     (files[2]/'m.json').write_bytes(mutate(files[1], e))
     try: s = Schedule.load(files[2]/'m.json')
     except ScheduleError: return
-    v = Space().lam(s.table) # a digit that became another digit: still within its range
+    v = PBASpace().lam(s.table) # a digit that became another digit: still within its range
     assert v.isfinite().all() and s.table.shape[1]==54 and ScheduleCallback(s)
 
 def test_nothing_is_executed(tmp_path):

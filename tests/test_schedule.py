@@ -3,12 +3,12 @@ import json,os,signal,subprocess,sys
 from pathlib import Path
 import numpy as np
 import pytest, torch
-from hba_fastai.callback import ScheduleCallback
+from hba_fastai.search import ScheduleCallback
 from hba_fastai import files
 from hba_fastai.schedule import Schedule,ScheduleError
-from hba_fastai.space import Space,TABLE7
+from hba_fastai.space import PBASpace,TABLE7
 
-space = Space()
+space = PBASpace()
 
 @pytest.fixture
 def schedule():
@@ -80,7 +80,7 @@ def test_frame_and_plot(schedule):
 
 def calm(**kw):
     "A schedule that uses all that a schedule can say"
-    sp = Space(limits={'Rotate': (0,10), 'Cutout': [0.05,0.1]})
+    sp = PBASpace(limits={'Rotate': (0,10), 'Cutout': [0.05,0.1]})
     values = sp.values(torch.randn(4,54, generator=torch.Generator().manual_seed(1)).double())
     return Schedule([0,0.2,0.5,1], values, **{**dict(sigma=0.5, provenance=dict(seed=1), skip=['Invert','AutoContrast'],
                                                      inactive=['Color'], limits=sp.limits), **kw})
@@ -90,7 +90,7 @@ def test_skip_inactive_and_limits_come_back_from_a_file(tmp_path):
     l = Schedule.load(s.save(tmp_path/'s.json'))
     assert l==s and l.provenance==s.provenance
     assert l.skip==['AutoContrast','Invert'] and l.inactive==['Color'] and l.off==['AutoContrast','Invert','Color']
-    assert l.limits=={'Rotate': (0,10), 'Cutout': (0.05,0.1)} and l.space.ranges==Space(limits=l.limits).ranges
+    assert l.limits=={'Rotate': (0,10), 'Cutout': (0.05,0.1)} and l.space.ranges==PBASpace(limits=l.limits).ranges
     assert torch.allclose(l.space.values(l.lam(0.2).double()), s.at(0.2), atol=1e-4)
 
 def test_a_reader_that_knows_less_does_no_harm(tmp_path):

@@ -2,11 +2,11 @@
 import torch
 from fastai.callback.core import Callback,CancelValidException
 from fastai.learner import Learner
-from hba_fastai.callback import HBACallback
+from hba_fastai.search import HBACallback
 from hba_fastai.session import digits_net
 from hba_fastai.data import digits_dls
-from hba_fastai.policy import PBAPolicy
-from hba_fastai.space import Space
+from hba_fastai.pba import PBAPolicy
+from hba_fastai.space import PBASpace
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,5 +42,5 @@ def test_calls_of_a_batch_do_not_grow_with_it(monkeypatch):
     few,many = calls(128, 16, policy),calls(512, 16, policy)
     assert many < 1.15*few and calls(128, 32, policy) < 1.1*few # a loop over samples would be 4 times as many
     assert few < 600
-    monkeypatch.setattr('hba_fastai.policy.Space', lambda limits: Space(8, limits))
+    monkeypatch.setattr('hba_fastai.policy.Space', lambda limits: PBASpace(8, limits))
     assert calls(128, 16, PBAPolicy()) < 1.1*few # H = 216 instead of 54

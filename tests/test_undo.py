@@ -10,13 +10,13 @@ from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 from conftest import small_learner,small_net
 import hba_fastai
-from hba_fastai.callback import HBACallback,ScheduleCallback
+from hba_fastai.search import HBACallback,ScheduleCallback
 from hba_fastai.data import digits
 from hba_fastai.schedule import Schedule
-from hba_fastai.space import Space
+from hba_fastai.space import PBASpace
 
 OURS = str(Path(hba_fastai.__file__).parent)
-start_schedule = lambda: Schedule([0.], Space().values(Space().start())[None])
+start_schedule = lambda: Schedule([0.], PBASpace().values(PBASpace().start(0.05))[None])
 
 def fingerprint(learn) -> dict:
     "All that a search or a replay swaps, by identity where it is an object"
