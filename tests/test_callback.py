@@ -10,7 +10,7 @@ from torch import nn
 from conftest import small_learner,small_net
 from hba_fastai.callback import AT,_start,HBACallback,PolicyTransform,ScheduleCallback
 from hba_fastai.data import array_dls,digits,digits_dls
-from hba_fastai.hyper import select
+from hba_fastai.layers import select
 from hba_fastai.policy import PBAPolicy
 from hba_fastai.schedule import Schedule,ScheduleError
 from hba_fastai.space import Space

@@ -12,7 +12,8 @@ from fastai.distributed import DistributedDL
 from fastai.callback.core import Callback
 from conftest import small_learner
 import hba_fastai.callback as C
-from hba_fastai.hyper import hypergradient
+from hba_fastai.hyper import HyperNet
+from hba_fastai.lam import adam,adam_start
 from hba_fastai.schedule import Schedule
 
 def broadcast(self, t, rank): # fastai's calls .cuda()
@@ -25,11 +26,11 @@ def both(t):
     l = [torch.zeros_like(t) for _ in range(2)]
     dist.all_gather(l, t.contiguous()); return l
 
-raw = []
+raw,hypergradient = [],HyperNet.hypergradient
 def spy(*a, **k):
     l,g = hypergradient(*a, **k)
     raw.append(g.clone()); return l,g
-C.hypergradient = spy
+HyperNet.hypergradient = spy
 
 class See(Callback):
     order = 40
@@ -54,8 +55,8 @@ u,v = both(hba.schedule.table)
 assert torch.equal(u,v) and not torch.equal(hba.schedule.table[0], hba.schedule.table[-1])
 assert out['eps'] and out['raw'], out
 g = torch.stack(raw); u,v = both(g)
-lam = C._start(C.AT); state = C.adam_start(lam) # replay Adam with the mean of the two ranks' hypergradients
-for m in (u+v)/2: lam,state,_ = C.adam(lam, m, state, hba.rate, hba.joint); lam = lam.clamp(max=7).max(hba.lowest)
+lam = C._start(C.AT); state = adam_start(lam) # replay Adam with the mean of the two ranks' hypergradients
+for m in (u+v)/2: lam,state,_ = adam(lam, m, state, hba.rate, hba.joint); lam = lam.clamp(max=7).max(hba.lowest)
 assert torch.allclose(lam, hba.lam, atol=1e-5), (lam-hba.lam).abs().max()
 for dl in learn.dls.loaders: assert not any(isinstance(t, C.PolicyTransform) for t in dl.after_batch.fs)
 small = small_learner(seed=1)
