@@ -26,7 +26,8 @@ def headed(body, n):
 BN = { # networks with batch norm: side of the image, network
     'resnet18': (32, lambda: models.resnet18(num_classes=4)), 'mobilenet_v3_small': (32, lambda: models.mobilenet_v3_small(num_classes=4)),
     'efficientnet_b0': (32, lambda: models.efficientnet_b0(num_classes=4)), 'densenet121': (32, lambda: models.densenet121(num_classes=4)),
-    'timm resnet10t': (32, lambda: create_model('resnet10t', num_classes=4)), 'timm mobilenet': (32, lambda: create_model('mobilenetv3_small_050', num_classes=4)),
+    'timm resnet10t': (32, lambda: create_model('resnet10t', num_classes=4)),
+    'timm mobilenet': (32, lambda: create_model('mobilenetv3_small_050', num_classes=4)),
     'xresnet18': (32, lambda: xresnet18(n_out=4)), 'vision_learner resnet18': (32, lambda: create_vision_model(models.resnet18, 4, pretrained=False)),
     'unet_learner': (64, lambda: create_unet_model(models.resnet18, 4, (64,64), pretrained=False)),
     'one block': (16, lambda: headed(nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16)), 16))}
