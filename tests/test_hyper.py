@@ -250,6 +250,7 @@ def test_a_saved_response_goes_on():
     with other.attached(0*lam):
         other.hold_phi0(True)
         other.load_state_dict(saved) # the layers hold φ0 of the new φ
+        assert other.holds_phi0 and not torch.equal(model[0].weight, plain['0.weight'])
     for k,v in other.state_dict().items(): assert torch.equal(v, saved[k]), k
     for k,v in model.state_dict().items(): assert torch.allclose(v, plain[k], rtol=1e-13, atol=1e-14), k
 
