@@ -27,7 +27,7 @@ from common import *
 from planted import doses,rank,shifted,signals,small
 from hba_fastai.search import HBACallback
 from hba_fastai.data import digits
-from hba_fastai.hyper import executed
+from hba_fastai.layers import executed
 
 OUT = RESULTS/'rates'
 SHIFTS = 'Contrast Invert TranslateX none'.split()

@@ -7,57 +7,69 @@ Docs: https://hba-fastai.github.io/hba-fastai/batchnorm.html.md"""
 # %% auto #0
 __all__ = ['batch_norm']
 
-# %% ../nbs/02b_batchnorm.ipynb #790c936e
+# %% ../nbs/02b_batchnorm.ipynb #0bb3266a
 import torch
 import torch.nn.functional as F
 from torch import nn,Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/02b_batchnorm.ipynb #17bcc7f1
+# %% ../nbs/02b_batchnorm.ipynb #9e081b57
+def _split(x, *ts):
+    "Every channel of every sample of `x` (B,C,...) as a channel of its own, (1,B·C,·), with numbers (C,) for each"
+    return x.reshape(1, x.shape[0]*x.shape[1], -1),*(t.expand(len(x), -1).flatten() for t in ts)
+
+def _forward(x, w, b, mean, var, eps):
+    "`x` normalised, by each sample's own weight and bias"
+    if x.is_contiguous():
+        flat,*stats = _split(x, mean, var)
+        rows = w.flatten(),b if b is None else b.flatten()
+        out = torch.empty_like(x) # and no view of `flat`, which the next layer could not change in place
+        room = out.view(flat.shape),x.new_empty(0),x.new_empty(0)
+        torch.native_batch_norm(flat, *rows, *stats, False, 0., eps, out=room)
+        return out
+    factor = w*(var+eps).rsqrt().view_as(w[0]) # channels last
+    shift = -factor*mean.view_as(w[0])
+    return torch.addcmul(shift if b is None else shift+b, x, factor)
+
+def _sums(g, x, mean, var, eps):
+    "Gradients of weight and bias of each sample (B,C,1,...) from `g`, that of the output"
+    pixels = tuple(range(2, x.dim()))
+    if pixels and not x.is_contiguous(): # channels last
+        return [t.sum(pixels, keepdim=True) for t in (F.batch_norm(x, mean, var, eps=eps).mul_(g),g)]
+    flat,*stats = _split(x, mean, var)
+    rest = None,None,False,eps,[False,True,True] # standing statistics; weight and bias alone
+    sums = torch.ops.aten.native_batch_norm_backward(g.reshape(flat.shape), flat, None, *stats, *rest)
+    return [t.view(*x.shape[:2], *[1]*len(pixels)) for t in sums[1:]]
+
+# %% ../nbs/02b_batchnorm.ipynb #ffd1d436
 class _PerSample(torch.autograd.Function):
-    "Batch norm over a batch, then each sample's own weight and bias; keeps the normalised input alone for the way back"
+    "Batch norm over a batch with each sample's own weight and bias (B,C,1,...)"
     @staticmethod
-    def forward(x, w, b, mean, var, momentum, eps):
-        out,_,rstd = torch.native_batch_norm(x, None, None, mean, var, True, momentum, eps)
-        return (out*w if b is None else torch.addcmul(b, out, w)),out,rstd
+    def forward(x, w, b, running_mean, running_var, momentum, eps):
+        mean,var = torch.batch_norm_update_stats(x, running_mean, running_var, momentum)
+        return _forward(x, w, b, mean, var, eps),mean,var
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False) # no zeros as large as `out`
-        ctx.save_for_backward(inputs[1], *outputs[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:2], *outputs[1:])
+        ctx.eps = inputs[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, *_):
         if g is None: return (None,)*7
-        needed = ctx.needs_input_grad[:3]
-        with torch.autocast(g.device.type, enabled=False): grads = _gradients(g, *ctx.saved_tensors, needed[0])
-        return *(d if need else None for d,need in zip(grads, needed)),None,None,None,None
+        x,w,mean,var = ctx.saved_tensors
+        dw,db = _sums(g, x, mean, var, ctx.eps)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            rstd = (var+ctx.eps).rsqrt()
+            of_w,of_b = (-rstd*(w*d).sum(0).flatten()*x.shape[1]/x.numel() for d in (dw,db))
+            dx = F.batch_norm(x, mean, var, of_w, of_b, eps=ctx.eps).addcmul_(g, w*rstd.view_as(w[0]))
+        return dx,dw,(db if ctx.needs_input_grad[2] else None),None,None,None,None
 
-# %% ../nbs/02b_batchnorm.ipynb #71bcdbf3
-def _sums(g, out):
-    "Over the pixels of each sample and channel, (B,C,1,...): the sums of `g` and of `g`·`out`"
-    if out.dim()==2: return g,g*out
-    if not out.is_contiguous(): # channels last
-        return (t.sum(tuple(range(2, out.dim())), keepdim=True) for t in (g,g*out))
-    (rows,cols),g = out.shape[:2],g.contiguous()
-    dots = torch.bmm(g.view(rows*cols,1,-1), out.view(rows*cols,-1,1)) # the products need no room of their own
-    return (t.view(rows, cols, *[1]*(out.dim()-2)) for t in (g.view(rows*cols,-1).sum(1),dots))
-
-def _gradients(g, w, out, rstd, needs_x):
-    "Gradients of x, weight and bias from `g`, that of the output"
-    gb,gw = _sums(g, out)
-    gx = None
-    if needs_x:
-        channels,n = (1,-1,*[1]*(out.dim()-2)),out.numel()/out.shape[1]
-        rstd = rstd.view(channels)
-        shift,slope = (-rstd*(w*s).sum(0, keepdim=True)/n for s in (gb,gw))
-        gx = torch.addcmul(shift, out, slope).addcmul_(g, w*rstd)
-    if len(w)<len(out): gb,gw = (s.sum(0, keepdim=True) for s in (gb,gw)) # one row for all
-    return gx,gw,gb
-
-# %% ../nbs/02b_batchnorm.ipynb #aa81070a
+# %% ../nbs/02b_batchnorm.ipynb #bf1c77c6
 def _momentum(m):
     "Count one more batch as `m.forward` does; the weight of that batch in the running statistics"
     factor = 0. if m.momentum is None else m.momentum
@@ -71,7 +83,7 @@ def batch_norm(
     w:Tensor,    # Weight of each sample (B,C,1,...), or (1,C,1,...) of all
     b:Tensor|None=None # Bias, shaped as the weight
 ) -> Tensor|None: # Its output, or None where the operations of torch have to do it
-    "What `m` gives for `x` with a weight and a bias for each sample, in as many passes over the data as the plain layer"
+    "What `m` gives for `x` with a weight and a bias for each sample"
     if x.dtype!=w.dtype or x.dtype not in (torch.float32,torch.float64): return None
     if not m.training and not (m.running_mean is None and m.running_var is None):
         fixed = m.running_mean,m.running_var,w.flatten(),None if b is None else b.flatten()
@@ -79,4 +91,5 @@ def batch_norm(
     if x.device.type!='cpu' or x.numel()<=x.shape[1]: return None # tried on the CPU alone; one number has no variance
     m._check_input_dim(x)
     stats = (m.running_mean,m.running_var) if m.track_running_stats else (None,None)
+    w,b = (t if t is None else t.expand(len(x), *t.shape[1:]) for t in (w,b))
     return _PerSample.apply(x, w, b, *stats, _momentum(m), m.eps)[0]

@@ -222,7 +222,7 @@ def _set(self:HyperNet, z):
 
 @patch
 def respond(self:HyperNet, z:Tensor|None):
-    "Sample i meets its own network θ̂(z_i), for `z` (B,n); one network for all, for (1,n); the plain one, for None"
+    "Sample i meets its own network θ̂(z_i), for `z` (B,n); all meet one, for (1,n); the layers as they are, for None"
     self._set(z if z is None or self.holds_phi0 else z-self.ref)
 
 # %% ../nbs/03_hyper.ipynb #8da99161

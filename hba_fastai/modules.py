@@ -7,7 +7,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/modules.html.md"""
 # %% auto #0
 __all__ = ['CONV', 'LINEAR', 'BN', 'NORM', 'KINDS', 'weighs_a_shape', 'is_kind', 'wrappable', 'evaluating', 'holding']
 
-# %% ../nbs/02a_modules.ipynb #1e3a40d1
+# %% ../nbs/02a_modules.ipynb #64a88bb7
 from contextlib import contextmanager
 from torch import nn
 from fastcore.basics import listify
@@ -33,7 +33,7 @@ def wrappable(m:nn.Module) -> bool:
     "Can `m` be a hyper-layer? It is of a known kind and holds its weight itself"
     return is_kind(m, 'all') and m._parameters.get('weight') is not None
 
-# %% ../nbs/02a_modules.ipynb #a7019a75
+# %% ../nbs/02a_modules.ipynb #648c4e65
 @contextmanager
 def evaluating(model:nn.Module):
     "`model` in eval mode; each module's own mode is put back"
@@ -43,7 +43,7 @@ def evaluating(model:nn.Module):
     finally:
         for m in training: m.training = True
 
-# %% ../nbs/02a_modules.ipynb #f6365834
+# %% ../nbs/02a_modules.ipynb #62a6ad81
 @contextmanager
 def holding(
     m:nn.Module,

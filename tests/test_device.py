@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import small_net
 from hba_fastai.search import HBACallback,LAM_MAX
 from hba_fastai.evidence import signal
-from hba_fastai.hyper import HyperNet,hypergradient
+from hba_fastai.hyper import HyperNet
 from hba_fastai.lam import adam,adam_start
 from hba_fastai.pba import PBAPolicy
 from hba_fastai.space import PBASpace
@@ -68,12 +68,13 @@ def test_a_hyper_step_needs_no_float64(kw):
         hba.policy = PBAPolicy().to('meta')
         lam,lowest = hba.lam.to('meta'),hba.lowest.to('meta')
         z = hba.z(lam).detach()
-        with HyperNet([('1',model[1])], len(z)) as net:
-            net.set(torch.zeros(4, len(z), device='meta'))
+        with HyperNet([('1',model[1])], len(z), centred=hba.centred).attached(z) as net:
+            net.hold_phi0(True)
+            net.respond(torch.zeros(4, len(z), device='meta'))
             F.cross_entropy(model(x), y).backward()
-            l,g = hypergradient(net, model, lambda: F.cross_entropy(model(x), y), lam, hba.z, ref=None if hba.centred else torch.zeros_like(z))
+            l,g = net.hypergradient(model, lambda: F.cross_entropy(model(x), y), lam, hba.z)
             new,_,ok = adam(lam, g, adam_start(lam), 0.1, hba.joint)
-            net.fold(hba.z(new.clamp(max=LAM_MAX).max(lowest)).detach()-z)
+            net.move_to(hba.z(new.clamp(max=LAM_MAX).max(lowest)))
         assert new.dtype==torch.float32 and {o.device.type for o in (l,g,new,ok)}=={'meta'}
         with pytest.raises(NotImplementedError, match='meta'): signal(torch.zeros(3,54, device='meta')) # to the CPU first
         hba.lam,hba.done = lam,0

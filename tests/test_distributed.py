@@ -1,7 +1,7 @@
-"""Two processes on gloo: equal λ, φ and schedule, averaged hypergradients, different draws and validation batches;
-in one process the same search is the plain one"""
+"Two processes on gloo: equal λ, φ and schedule, averaged hypergradients, different draws and validation batches; in one process the same search is the plain one"
 import os,subprocess,sys
 from pathlib import Path
+import torch
 
 WORKER = '''
 import os,sys,warnings; warnings.simplefilter('ignore')
@@ -12,7 +12,8 @@ from fastai.distributed import DistributedDL
 from fastai.callback.core import Callback
 from conftest import small_learner
 import hba_fastai.search as C
-from hba_fastai.hyper import hypergradient
+from hba_fastai.hyper import HyperNet
+from hba_fastai.lam import adam,adam_start
 from hba_fastai.schedule import Schedule
 
 def broadcast(self, t, rank): # fastai's calls .cuda()
@@ -25,11 +26,11 @@ def both(t):
     l = [torch.zeros_like(t) for _ in range(2)]
     dist.all_gather(l, t.contiguous()); return l
 
-raw = []
+raw,hypergradient = [],HyperNet.hypergradient
 def spy(*a, **k):
     l,g = hypergradient(*a, **k)
     raw.append(g.clone()); return l,g
-C.hypergradient = spy
+HyperNet.hypergradient = spy
 
 class See(Callback):
     order = 40
@@ -39,9 +40,7 @@ class See(Callback):
     def after_batch(self):
         if not self.training: return
         hba = self.learn.hba
-        phi = [(f'phi{i}',p.detach()) for i,(p,_) in enumerate(hba.net.params)]
-        weights = [(k,v) for k,v in self.learn.model.state_dict().items() if 'running' not in k and 'num' not in k]
-        for name,t in [('lam',hba.lam), *phi, *weights]:
+        for name,t in [('lam',hba.lam), *[(f'phi{i}',p.detach()) for i,(p,_) in enumerate(hba.net.params)], *[(k,v) for k,v in self.learn.model.state_dict().items() if 'running' not in k and 'num' not in k]]:
             u,v = both(t.float()); assert torch.equal(u,v), f'{name} differs between the ranks at step {self.learn.train_iter}'
         if raw:
             u,v = both(raw[-1]); out['raw'] = not torch.equal(u,v)
@@ -56,8 +55,8 @@ u,v = both(hba.schedule.table)
 assert torch.equal(u,v) and not torch.equal(hba.schedule.table[0], hba.schedule.table[-1])
 assert out['eps'] and out['raw'], out
 g = torch.stack(raw); u,v = both(g)
-lam = C._start(C.AT); state = C.adam_start(lam) # replay Adam with the mean of the two ranks' hypergradients
-for m in (u+v)/2: lam,state,_ = C.adam(lam, m, state, hba.rate, hba.joint); lam = lam.clamp(max=7).max(hba.lowest)
+lam = C._start(C.AT); state = adam_start(lam) # replay Adam with the mean of the two ranks' hypergradients
+for m in (u+v)/2: lam,state,_ = adam(lam, m, state, hba.rate, hba.joint); lam = lam.clamp(max=7).max(hba.lowest)
 assert torch.allclose(lam, hba.lam, atol=1e-5), (lam-hba.lam).abs().max()
 for dl in learn.dls.loaders: assert not any(isinstance(t, C.PolicyTransform) for t in dl.after_batch.fs)
 small = small_learner(seed=1)
@@ -74,11 +73,9 @@ print('rank', rank, 'ok', flush=True)
 
 def run(tmp_path, valid, condition, port):
     (tmp_path/'worker.py').write_text(WORKER)
-    env = lambda r: {**os.environ, 'RANK': str(r), 'LOCAL_RANK': str(r), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
-                     'MASTER_PORT': str(port), 'ACCELERATE_USE_CPU': 'true',
+    env = lambda r: {**os.environ, 'RANK': str(r), 'LOCAL_RANK': str(r), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'ACCELERATE_USE_CPU': 'true',
                      'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'GLOO_SOCKET_IFNAME': 'lo'}
-    ps = [subprocess.Popen([sys.executable, str(tmp_path/'worker.py'), str(Path(__file__).parent), str(tmp_path), valid,
-                            condition], env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+    ps = [subprocess.Popen([sys.executable, str(tmp_path/'worker.py'), str(Path(__file__).parent), str(tmp_path), valid, condition], env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
     try: outs = [p.communicate(timeout=240)[0] for p in ps]
     finally: [p.kill() for p in ps]
     for r,(p,o) in enumerate(zip(ps, outs)): assert p.returncode==0 and f'rank {r} ok' in o, o[-3000:]

@@ -10,15 +10,18 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
-from hba_fastai.hyper import HyperNet,executed,foldable,select
+from hba_fastai.hyper import HyperNet
+from hba_fastai.layers import executed,foldable,select
 
 def tv_convnext(): return models.convnext.ConvNeXt([CNBlockConfig(8,16,1), CNBlockConfig(16,None,1)], num_classes=4)
 def tv_vit(): return models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=4)
 def tv_swin(): return models.SwinTransformer([4,4], 16, [1,1], [2,2], [4,4], num_classes=4)
 def timm_convnext(**kw): return ConvNeXt(depths=(1,1,1,1), dims=(8,8,16,16), num_classes=4, **kw)
-def bit(**kw): return ResNetV2([1,1,1,1], channels=(128,128,128,128), stem_chs=32, conv_layer=StdConv2d, norm_layer=GroupNormAct, num_classes=4, **kw)
-def headed(body, n, *parts):
-    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(n), nn.Linear(n,64), nn.ReLU(), nn.BatchNorm1d(64), nn.Linear(64,4))
+def bit(**kw):
+    return ResNetV2([1,1,1,1], channels=(128,)*4, stem_chs=32, conv_layer=StdConv2d, norm_layer=GroupNormAct, num_classes=4, **kw)
+def headed(body, n):
+    head = nn.BatchNorm1d(n),nn.Linear(n,64),nn.ReLU(),nn.BatchNorm1d(64),nn.Linear(64,4)
+    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
 
 BN = { # networks with batch norm: side of the image, network
     'resnet18': (32, lambda: models.resnet18(num_classes=4)), 'mobilenet_v3_small': (32, lambda: models.mobilenet_v3_small(num_classes=4)),
@@ -57,26 +60,31 @@ def test_auto_takes_an_early_layer_of_the_body(name):
     model,x = make().eval(),batch(side)
     layers,reason = select(model, x)
     assert [n for n,_ in layers]==[layer] and reason.startswith(f'`{layer}` ') and reason.isascii()
-    with torch.no_grad(),HyperNet(layers, 3) as net: # and it responds, row by row, as the fold does
+    net = HyperNet(layers, 3)
+    with torch.no_grad(),net.attached(torch.zeros(3)): # and it responds, row by row, as the fold does
         for l in net.layers:
             for p in l.V.values(): nn.init.normal_(p, std=0.1)
         for p in model.parameters(): p.add_(0.05*torch.randn_like(p)) # heads and layer scales that start at 0 hide the response
         plain,z = model(*x),torch.randn(2,3)
-        with net.at(z): y = model(*x)
-        net.fold(z[1])
+        net.respond(z)
+        y = model(*x)
+        net.respond(None)
+        net.move_to(z[1])
         moved = model(*x)
-    assert (moved-plain).abs().max()>1e-4 and torch.allclose(y[1], moved[1], rtol=1e-3, atol=1e-5) and not torch.allclose(y[0], moved[0], rtol=1e-3, atol=1e-5)
+    same = lambda i: torch.allclose(y[i], moved[i], rtol=1e-3, atol=1e-5)
+    assert (moved-plain).abs().max()>1e-4 and same(1) and not same(0)
 
 @pytest.mark.parametrize('strategy', ['first_bn','bn','first_linear','the last'])
 def test_layers_in_the_last_tenth_come_with_a_warning(strategy):
     model = headed(tv_convnext().features[:2], 8)
-    if strategy=='first_linear': model[0][1][0].block[3],model[0][1][0].block[5] = nn.Identity(),nn.Identity() # no linear layer before the head
+    if strategy=='first_linear': # no linear layer before the head
+        for i in (3,5): model[0][1][0].block[i] = nn.Identity()
     with pytest.warns(UserWarning, match='sees next to nothing of the network: `[347]` .*; [0-9]% of'):
         select(model, batch(32), [model[7]] if strategy=='the last' else strategy)
 
-@pytest.mark.parametrize('model,match', [(nn.Sequential(nn.Flatten(), nn.Linear(192,4)),
-                                          'auto.*finds no normalisation layer or convolution .* in Sequential, whose layers are: 1 Linear'),
-                                         (headed(nn.Sequential(StdConv2d(3,64,3), StdConv2d(64,64,3)), 64), 'auto.*whose layers are: 2 BatchNorm1d, 2 Linear')])
+@pytest.mark.parametrize('model,match', [
+    (nn.Sequential(nn.Flatten(), nn.Linear(192,4)), 'auto.*finds no normalisation layer or convolution .* in Sequential, whose layers are: 1 Linear'),
+    (headed(nn.Sequential(StdConv2d(3,64,3), StdConv2d(64,64,3)), 64), 'auto.*whose layers are: 2 BatchNorm1d, 2 Linear')])
 def test_auto_refuses_a_network_without_an_early_layer(model, match):
     with pytest.raises(ValueError, match=match): select(model, batch(8))
 
