@@ -4,8 +4,8 @@
 
 The policy by the kernels and without them; synchronisations; a whole search against the plain training: WRN-40-2 on
 4,000 images of CIFAR-10's shape (the JPEG archive if it is there, else noise: the seconds are the same), batch 128,
-200 epochs, AMP. Writes results/gpu.json and .md after each part; a part that fails is named there, the others go on, and
-the exit status is 1.
+200 epochs, AMP. Writes results/gpu.json and .md after each part; a part that fails is named there, the others go on,
+and the exit status is 1.
 """
 import argparse,time,traceback
 import torch
@@ -136,9 +136,9 @@ def synchronisation_lines(s):
 
 def end_to_end_lines(e):
     whole = f"search {e['search']:.1f} s, plain {e['plain']:.1f} s (a tenth of the epochs, times ten)"
-    share = "the transform takes {share of the transform:.1%}, the hyper-steps {share of the hyper-steps:.1%}".format(**e)
+    tr,hy = (f"{e[f'share of the {o}']:.1%}" for o in ('transform','hyper-steps'))
     return [f"End to end, WRN-40-2, {e['epochs']} epochs of 31 steps: {whole}, ratio {e['search']/e['plain']:.2f}.",
-            f"Of a search with timers (which synchronise) {share}."]
+            f"Of a search with timers (which synchronise) the transform takes {tr}, the hyper-steps {hy}."]
 
 LINES = dict(transform=transform_lines, synchronisations=synchronisation_lines, end_to_end=end_to_end_lines)
 

@@ -3,8 +3,8 @@
     python benchmarks/traffic.py [--bandwidth 3.35]
 
 The policy runs on fake tensors, which have a device and no data. Each operation of ATen that is no view counts as one
-launch (a few are more) and moves its arguments and its results once, a broadcast one by what it holds. What the two Triton
-kernels read depends on what the images drew: here by a real draw at λ = 0, on a CPU.
+launch (a few are more) and moves its arguments and its results once, a broadcast one by what it holds. What the two
+Triton kernels read depends on what the images drew: here by a real draw at λ = 0, on a CPU.
 Writes results/traffic.json and .md.
 """
 import argparse
@@ -87,9 +87,9 @@ def table(d):
             us = c['bytes']/d['bandwidth']/1e6
             cells = part,c['launches'],c['kernels'],f"{c['bytes']/1e6:.2f}",f"{us:.2f}",f"{us/c['launches']:.3f}"
             rows.append(f"| {r['size']}x{r['size']} | {r['batch']} | {' | '.join(map(str, cells))} |")
-    note = f"""A count and not a measurement: launches are the operations of ATen that are no views (a few are more than one),
-and the Triton kernels; bytes are what they read and write, each number once, at λ = 0. "At least" is their time at
-{d['bandwidth']} TB/s, the memory bandwidth of an H100 (SXM). Where that is far below the few µs that a launch takes,
+    note = f"""A count and not a measurement: launches are the operations of ATen that are no views (a few are more than
+one), and the Triton kernels; bytes are what they read and write, each number once, at λ = 0. "At least" is their time
+at {d['bandwidth']} TB/s, the memory bandwidth of an H100 (SXM). Where that is far below the few µs that a launch takes,
 launches decide."""
     e = d['environment']
     return '\n'.join([*rows,'',note,'',footer(e, f"triton {triton.__version__}"),''])

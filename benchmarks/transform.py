@@ -2,8 +2,10 @@
 
     pip install -e '.[bench]' && python benchmarks/transform.py [--device cpu] [--threads 2]
 
-Each line is the median of several rounds, with the lowest and the highest; the lines of a size take turns, so that a drift of the machine meets all, and the ratio to timm is taken round by round.
-"Bytes" is what a search does to the batches of fastai's usual loaders (before `IntToFloatTensor`); the other lines of ours start from float images and give float images. Writes results/transform_DEVICE.json and .md.
+Each line is the median of several rounds, with the lowest and the highest; the lines of a size take turns, so that a drift
+of the machine meets all, and the ratio to timm is taken round by round. "Bytes" is what a search does to the batches of
+fastai's usual loaders (before `IntToFloatTensor`); the other lines of ours start from float images and give float images.
+Writes results/transform_DEVICE.json and .md.
 """
 import argparse,time
 import torch
@@ -18,7 +20,8 @@ PEER = 'timm RandAugment, PIL, per image'
 def contenders(b, s, device):
     "{name: function of no argument that augments a batch of b images of s pixels}"
     g = torch.Generator().manual_seed(0)
-    u = torch.randint(0, 256, (b//8+1,3,max(s//8,1),max(s//8,1)), dtype=torch.uint8, generator=g).repeat(8,1,1,1)[:b].repeat_interleave(8,2).repeat_interleave(8,3)[...,:s,:s].contiguous() # blocks: between noise and photographs
+    few = torch.randint(0, 256, (b//8+1,3,max(s//8,1),max(s//8,1)), dtype=torch.uint8, generator=g).repeat(8,1,1,1)[:b]
+    u = few.repeat_interleave(8,2).repeat_interleave(8,3)[...,:s,:s].contiguous() # blocks: between noise and photographs
     x = (u.float()/255).to(device)
     u = u.to(device)
     policy,lam = PBAPolicy().to(device),lambda at: PBASpace().start(at).expand(b,-1).to(device)
@@ -58,12 +61,16 @@ def measure(fs, b, rounds, seconds=0.4, sync=lambda: None):
 
 def table(d):
     spread = lambda v,form: f"{form(np.median(v))} ({form(min(v))}, {form(max(v))})"
-    rows = ['| images | batch | augmentation | images/s, median (lowest, highest) | ÷ timm, round by round | ÷ copy of the float batch |','| --- | --- | --- | --- | --- | --- |']
+    names = ('images','batch','augmentation','images/s, median (lowest, highest)',
+             '÷ timm, round by round','÷ copy of the float batch')
+    rows = [f"| {' | '.join(names)} |", f"|{' --- |'*len(names)}"]
     for r in d['rows']:
         peer,copy = r['speed'].get(PEER),np.median(r['speed']['copy of the float batch'])
         for k,v in r['speed'].items():
-            quotient = spread(np.divide(v, peer), '{:.2f}'.format) if peer and k!=PEER and not k.startswith('copy') else ''
-            rows.append(f"| {r['size']}x{r['size']} | {r['batch']} | {k} | {spread(v, '{:,.0f}'.format)} | {quotient} | {np.median(v)/copy:.4f} |")
+            compared = peer and k!=PEER and not k.startswith('copy')
+            quotient = spread(np.divide(v, peer), '{:.2f}'.format) if compared else ''
+            cells = f"{r['size']}x{r['size']}",r['batch'],k,spread(v, '{:,.0f}'.format),quotient,f'{np.median(v)/copy:.4f}'
+            rows.append(f"| {' | '.join(map(str, cells))} |")
     e = d['environment']
     return '\n'.join([*rows,'',footer(e, f"torchvision {e['torchvision']}", f"{d['rounds']} rounds"),''])
 
@@ -78,8 +85,8 @@ if __name__=='__main__':
     rows = []
     for o in a.sizes:
         s,b = map(int, o.split('x'))
-        fs = contenders(b, s, a.device)
-        rows.append(dict(size=s, batch=b, speed=measure(fs, b, a.rounds, sync=torch.cuda.synchronize if a.device=='cuda' else lambda: None)))
+        sync = torch.cuda.synchronize if a.device=='cuda' else lambda: None
+        rows.append(dict(size=s, batch=b, speed=measure(contenders(b, s, a.device), b, a.rounds, sync=sync)))
         print(s, b, {k: round(float(np.median(v))) for k,v in rows[-1]['speed'].items()}, flush=True)
     d = dict(rows=rows, rounds=a.rounds, environment=environment())
     out = RESULTS/f'transform_{a.device}.json'

@@ -18,7 +18,7 @@ from .pixels import *
 from .kernels import fused,statistics,operate
 _all_ = ['OP_NAMES','OP'] # who says what is to be done needs no more of `pixels`
 
-# %% ../nbs/01c_ops.ipynb #2705ed4c
+# %% ../nbs/01c_ops.ipynb #0421d02e
 class Plan(NamedTuple):
     "Operations (...), in any arrangement, and what follows from them for images of one size"
     op:Tensor    # Codes (...): indices into `OP_NAMES`, -1 for none
@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     hole_row:Tensor # `hole_lines` (...,H)
     hole_col:Tensor # and (...,W)
 
+# %% ../nbs/01c_ops.ipynb #9f29dfa5
 def plan(
     op:Tensor, m:Tensor, # See `Plan`
     centre:Tensor, # Centres (...,2) of Cutout, (x,y) in [0,1]
@@ -122,7 +123,17 @@ def portions(codes:list, n:int) -> list: # [(samples, for each slot the places a
     parts = (some[a:a+n] for a in range(0, len(some), n))
     return [(part,[by_kernel(slot) for slot in zip(*[codes[i] for i in part])]) for part in parts]
 
-# %% ../nbs/01c_ops.ipynb #b3992fba
+# %% ../nbs/01c_ops.ipynb #1f6d2d01
+def _on_places(v, places, slot, fill, at):
+    "One operation for each of the samples `places` of `v`, in place"
+    if places==[*range(len(v))]: _slot(v, *slot, fill, at)
+    else:
+        i = _index(places)
+        put(v, i, _slot(v.index_select(0, i), *slot, fill, at))
+
+def _index(l): return torch.tensor(l, dtype=torch.int64)
+
+# %% ../nbs/01c_ops.ipynb #5b01c7cc
 def _on_touched(x, op, m, centre, fill, bilinear):
     "Change the images of `x` that have an operation, in portions"
     codes,K,end = op.tolist(),op.shape[1],0
@@ -136,15 +147,6 @@ def _on_touched(x, op, m, centre, fill, bilinear):
             start,end = end,end+len(places)
             _on_places(v, places, [o[start:end] for o in todo], fill, spans([codes[part[j]][k] for j in places]))
         put(x, i, from_levels(v, x.dtype))
-
-def _on_places(v, places, slot, fill, at):
-    "One operation for each of the samples `places` of `v`, in place"
-    if places==[*range(len(v))]: _slot(v, *slot, fill, at)
-    else:
-        i = _index(places)
-        put(v, i, _slot(v.index_select(0, i), *slot, fill, at))
-
-def _index(l): return torch.tensor(l, dtype=torch.int64)
 
 # %% ../nbs/01c_ops.ipynb #b9170113
 def apply_ops(

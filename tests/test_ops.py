@@ -1,4 +1,4 @@
-"The 15 operations against Pillow, and the kernels' two ways (samples picked out, or all computed and chosen) against each other"
+"The 15 operations against Pillow, and their two ways (samples picked out, all computed and chosen) against each other"
 import numpy as np, pytest, torch
 from PIL import Image,ImageDraw,ImageEnhance,ImageOps
 from hba_fastai import ops
@@ -17,11 +17,16 @@ def pil_cutout(im, m, cx, cy):
     if xs and ys: ImageDraw.Draw(im).rectangle([xs[0],ys[0],xs[-1],ys[-1]], fill=FILL)
     return im
 
-PIL = {'ShearX': lambda im,m: pil_affine(im, (1,m,0,0,1,0)),               'ShearY': lambda im,m: pil_affine(im, (1,0,0,m,1,0)),
-       'TranslateX': lambda im,m: pil_affine(im, (1,0,m*im.size[0],0,1,0)), 'TranslateY': lambda im,m: pil_affine(im, (1,0,0,0,1,m*im.size[1])),
+PIL = {'ShearX': lambda im,m: pil_affine(im, (1,m,0,0,1,0)),
+       'ShearY': lambda im,m: pil_affine(im, (1,0,0,m,1,0)),
+       'TranslateX': lambda im,m: pil_affine(im, (1,0,m*im.size[0],0,1,0)),
+       'TranslateY': lambda im,m: pil_affine(im, (1,0,0,0,1,m*im.size[1])),
        'Rotate': lambda im,m: im.rotate(m, Image.NEAREST, fillcolor=FILL),
-       'AutoContrast': lambda im,m: ImageOps.autocontrast(im), 'Invert': lambda im,m: ImageOps.invert(im), 'Equalize': lambda im,m: ImageOps.equalize(im),
-       'Solarize': lambda im,m: ImageOps.solarize(im, 256-m),  'Posterize': lambda im,m: ImageOps.posterize(im, max(1, 8-round(m))),
+       'AutoContrast': lambda im,m: ImageOps.autocontrast(im),
+       'Invert': lambda im,m: ImageOps.invert(im),
+       'Equalize': lambda im,m: ImageOps.equalize(im),
+       'Solarize': lambda im,m: ImageOps.solarize(im, 256-m),
+       'Posterize': lambda im,m: ImageOps.posterize(im, max(1, 8-round(m))),
        **{o: (lambda o: lambda im,m: getattr(ImageEnhance,o)(im).enhance(m))(o) for o in ENHANCERS}}
 EXACT = GEOMETRIC + 'Equalize Invert Solarize Posterize Brightness Cutout'.split()
 
@@ -42,13 +47,15 @@ def magnitudes(name, n, seed):
 @pytest.mark.parametrize('size', [(32,32),(61,47)])
 @pytest.mark.parametrize('name', OP_NAMES)
 def test_equals_pillow(name, size, n=60):
-    v,m,centre = images(n, *size, seed=1),magnitudes(name, n, seed=2),torch.rand(n, 2, generator=torch.Generator().manual_seed(3))
+    v,m = images(n, *size, seed=1),magnitudes(name, n, seed=2)
+    centre = torch.rand(n, 2, generator=torch.Generator().manual_seed(3))
     x = torch.tensor(v).permute(0,3,1,2)/255
     ours = (OPS[name](x, m, centre=centre, fill=[o/255 for o in FILL])*255).round().permute(0,2,3,1).numpy().astype(int)
     pil = (lambda im,m,c: pil_cutout(im, m, *c)) if name=='Cutout' else (lambda im,m,_: PIL[name](im, m))
-    theirs = np.stack([np.array(pil(Image.fromarray(v[i]), m[i].item(), centre[i].numpy())) for i in range(n)]).astype(int)
-    off = abs(ours-theirs)
-    assert off.max() <= (0 if name in EXACT else 1), f'{name}: off by {off.max()} levels in {(off>0).mean():.2%} of the values'
+    theirs = [np.array(pil(Image.fromarray(v[i]), m[i].item(), centre[i].numpy())) for i in range(n)]
+    off = abs(ours-np.stack(theirs).astype(int))
+    message = f'{name}: off by {off.max()} levels in {(off>0).mean():.2%} of the values'
+    assert off.max() <= (0 if name in EXACT else 1), message
     if TABLE7[name] and name!='Cutout': assert (ours!=v).any()
 
 @pytest.mark.parametrize('name', ['Rotate','ShearX','TranslateY'])
@@ -60,7 +67,8 @@ def test_bilinear_equals_pillow_within_a_level(name, n=20):
     for i in range(n):
         im,k = Image.fromarray(v[i]),m[i].item()
         coef = {'ShearX': (1,k,0,0,1,0), 'TranslateY': (1,0,0,0,1,k*61)}
-        pil = im.rotate(k, Image.BILINEAR, fillcolor=FILL) if name=='Rotate' else im.transform(im.size, Image.AFFINE, coef[name], Image.BILINEAR, fillcolor=FILL)
+        if name=='Rotate': pil = im.rotate(k, Image.BILINEAR, fillcolor=FILL)
+        else: pil = im.transform(im.size, Image.AFFINE, coef[name], Image.BILINEAR, fillcolor=FILL)
         assert abs(ours[i]-np.array(pil).astype(int)).max()<=1
 
 @pytest.mark.parametrize('c', [1,3,4,7])
@@ -76,7 +84,8 @@ def test_dense_equals_picked(c, n=256):
 @pytest.mark.parametrize('way', [dict(), dict(dense=True), dict(inplace=True)])
 @pytest.mark.parametrize('portion', [2**12, 2**21])
 def test_apply_ops_is_per_sample(way, portion, monkeypatch, n=300):
-    "Each sample of a mixed batch gets what it would get alone, whatever the way and the size of the portions (9 images, all); its first operation may be none"
+    """Each sample of a mixed batch gets what it would get alone, whatever the way and the size of the portions
+    (9 images, all); its first operation may be none"""
     g = torch.Generator().manual_seed(0)
     v,op = to_levels(torch.rand(n, 3, 12, 12, generator=g)),torch.randint(-1, 15, (n,2), generator=g)
     m,centre,fill = torch.rand(n, 2, generator=g)*0.3,torch.rand(n, 2, 2, generator=g),torch.tensor(FILL)/255
@@ -90,7 +99,8 @@ def test_apply_ops_is_per_sample(way, portion, monkeypatch, n=300):
 def test_default_dtype_changes_nothing(dtype, dense):
     "Levels up to 255 need more than the 8 bits of bfloat16"
     g = torch.Generator().manual_seed(0)
-    v,m,centre = torch.randint(40, 200, (300,3,9,9), dtype=torch.uint8, generator=g),torch.rand(300, 1, generator=g)*2,torch.rand(300, 1, 2, generator=g)
+    v = torch.randint(40, 200, (300,3,9,9), dtype=torch.uint8, generator=g)
+    m,centre = torch.rand(300, 1, generator=g)*2,torch.rand(300, 1, 2, generator=g)
     do = lambda: apply_ops(v, torch.arange(300)[:,None]%15, m, centre, torch.tensor(FILL)/255, dense=dense)
     want = do()
     torch.set_default_dtype(dtype)
