@@ -39,7 +39,7 @@ def part_of(path:Path, f:Path) -> str:
 
 # %% ../nbs/07b_folder.ipynb #266a50ba
 def held_files(path, files:list, seed:int, share:float=0.2) -> list: # Sorted as `files` are
-    "A `share` of `files`, of each class alike, for validation"
+    "A `share` of `files` for validation, from every class in proportion"
     classes,labels = np.unique(list(map(parent_label, files)), return_inverse=True)
     if len(classes)==len(files): raise CliError(f"The {len(classes)} classes under {path} have one image each, "
         "and one of them should be held out for validation: give more images")

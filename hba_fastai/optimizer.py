@@ -1,4 +1,4 @@
-"""The response φ in the user's optimizer: which group it learns in, and how the optimizer gets back what it had
+"""The response φ in the user's optimizer: which group it learns in, and how it is taken out again
 
 Docs: https://hba-fastai.github.io/hba-fastai/optimizer.html.md"""
 

@@ -142,7 +142,8 @@ class HyperBatches:
             b = next(self.it, None)
         if b is not None: return self.relabel(to_device(tuple(b) if isinstance(b, (tuple,list)) else (b,), self.device))
         if not self.place: raise ValueError("it gives none: give it more items or a smaller batch size")
-        self.it,self.i_pass,self.place = None,self.i_pass+1,0
+        self.it = None
+        self.i_pass,self.place = self.i_pass+1,0
         return self._read()
 
     def _start(self):
@@ -151,7 +152,7 @@ class HyperBatches:
         return iter(self.dl)
 
     def go_to(self, i_pass:int, place:int):
-        "Be where a stream with these `i_pass` and `place` was"
+        "Go on as a stream does that has reached `i_pass` and `place`"
         self.close()
         self.i_pass,self.place = i_pass,place if self.order else 0
         if not self.order:

@@ -168,6 +168,16 @@ def test_images_of_all_kinds_are_used(tmp_path):
     check_readable(train+valid, 'a folder', rgb=True)
     assert len(train+valid)==16 and folder_dls(train, valid, 16, 64, 0).one_batch()[0].shape[1:]==(3,16,16)
 
+def test_each_class_is_held_out_unless_it_has_one_image(tmp_path):
+    for name,n in (('two',4), ('one',2)): write_images(tmp_path/name, n)
+    train,valid,_ = split_folder(tmp_path/'two', 0)
+    assert sorted(f.parent.name for f in train)==sorted(f.parent.name for f in valid)==['a','b']
+    assert split_folder(tmp_path/'two', 0)[1]==valid
+    write_images(tmp_path/'two', 3, classes='c')
+    train,valid,_ = split_folder(tmp_path/'two', 0)
+    assert [sorted(f.parent.name for f in fs) for fs in (train,valid)]==[['a','b','c','c'],['a','b','c']]
+    with pytest.raises(CliError, match='The 2 classes under .* have one image each'): split_folder(tmp_path/'one', 0)
+
 def test_links_do_not_put_an_image_on_both_sides(pngs):
     (pngs/'loop').symlink_to(pngs)
     (pngs/'z').symlink_to(pngs/'a')
