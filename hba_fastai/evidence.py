@@ -27,7 +27,7 @@ def signal(
     noise = lambda i: (len(i)*squares[i].sum()).sqrt().clamp(min=1e-30)
     return {o: (-total[i].sum()/noise(i)).item() for o,i in counts.items()}
 
-# %% ../nbs/06f_evidence.ipynb #327d0da2
+# %% ../nbs/06f_evidence.ipynb #c3ba89d8
 def _row(space, kinds, last:dict, start:dict) -> dict:
     "Values of an operation at the end, and whether its copies went the same way"
     names = {k: [space.names[i] for i in idxs] for k,idxs in kinds.items()}
@@ -42,7 +42,7 @@ def evidence(
     start:Tensor    # and at the start
 ) -> pd.DataFrame:
     "Per operation: its signal, values of all its copies, and whether they went the same way; the largest signal first"
-    if not len(gradients) or not gradients.any():
+    if not len(gradients):
         raise ValueError("The report needs hypergradients and none was computed: fit first, longer than the warm-up, with exploit='gradient'")
     last,start = space.named(last),space.named(start)
     of = signal(gradients.sum(0), (gradients*gradients).sum(0), space)

@@ -56,7 +56,7 @@ class Operations(Policy):
 
     def apply_(self, x, drawn, generator=None): return self.apply(x, drawn, generator, inplace=x.is_floating_point())
 
-# %% ../nbs/02a_pba.ipynb #9bc0d2ea
+# %% ../nbs/02a_pba.ipynb #0441d3aa
 def _check_skip(skip) -> tuple:
     "`skip` as a tuple of names"
     skip = tuple(listify(skip))
@@ -68,6 +68,7 @@ def _check_skip(skip) -> tuple:
 
 class PBAPolicy(Operations):
     "The augmentation policy A(x; λ) of the PBA space: `PBAPolicy()(x, lam)` augments each image under its own λ"
+    copies = 2 # of each operation
     def __init__(self,
         fill=None,           # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
         bilinear:bool=False, # Interpolate in the geometric operations; Population Based Augmentation takes the nearest pixel
@@ -75,11 +76,11 @@ class PBAPolicy(Operations):
         limits:dict|None=None # Narrower ranges of magnitudes, see `PBASpace`
     ):
         super().__init__(fill, bilinear)
-        self.space,self.skip = PBASpace(limits=limits),_check_skip(skip)
+        self.space,self.skip = PBASpace(self.copies, limits),_check_skip(skip)
         for name,t in self._constants().items(): self.register_buffer(name, t, persistent=False)
         self.keep = torch.tensor([o not in self.skip for o,_ in self.space.entries]) # (30,) entries that may be applied
 
-# %% ../nbs/02a_pba.ipynb #fc39706a
+# %% ../nbs/02a_pba.ipynb #26b91375
 @patch
 def _constants(self:PBAPolicy) -> dict:
     "Tables over the 30 entries of the space"
@@ -89,7 +90,7 @@ def _constants(self:PBAPolicy) -> dict:
     width = lambda lo,hi,o: (hi-lo)/(1+(o in ENHANCERS))
     unit = [width(*TABLE7[o], o) if TABLE7[o] else float('inf') for o,_ in s.entries]
     return dict(gauss=gauss(), cap=torch.tensor(P_K).cumsum(0)[:2], # the first slot is used for k >= 0.2, the second for k >= 0.5
-        graded_op=torch.tensor([OP[o] for o in GRADED]), entry_op=torch.tensor([OP[o] for o,_ in s.entries]),
+        graded_op=torch.tensor([OP[o] for o in GRADED]), graded_entry=torch.tensor(s.graded), entry_op=torch.tensor([OP[o] for o,_ in s.entries]),
         column=torch.tensor([column.get(i, len(s)) for i in range(s.n)]), # of the magnitude; one behind the last for none
         zero=torch.tensor(zero), unit=torch.tensor(unit), # severity = (m - zero) / unit
         keep=torch.ones(s.n, dtype=torch.bool))
@@ -98,9 +99,9 @@ def _constants(self:PBAPolicy) -> dict:
 def limits(self:PBAPolicy) -> dict: return self.space.limits
 
 @patch(as_prop=True)
-def active(self:PBAPolicy) -> Tensor: return torch.cat([self.keep, self.keep[self.space.graded]])
+def active(self:PBAPolicy) -> Tensor: return torch.cat([self.keep, self.keep[self.graded_entry]])
 
-# %% ../nbs/02a_pba.ipynb #c4c07680
+# %% ../nbs/02a_pba.ipynb #66680035
 @patch
 def without(self:PBAPolicy, names, why:str) -> PBAPolicy:
     "This policy without the operations `names` too, of which the user is told `why`"
@@ -108,12 +109,12 @@ def without(self:PBAPolicy, names, why:str) -> PBAPolicy:
     if not new: return self
     if {*self.skip,*new}==set(OP_NAMES): raise ValueError(f"{why}, but `skip` names all the others: take one of them out")
     warnings.warn(f"{why}: {'it is' if len(new)==1 else 'they are'} left out")
-    return PBAPolicy(self.fill, self.bilinear, (*self.skip,*new), self.space.limits)
+    return type(self)(self.fill, self.bilinear, (*self.skip,*new), self.space.limits)
 
 @patch
 def bind(self:PBAPolicy, data:Data) -> PBAPolicy:
     "This policy for images of such data"
-    policy = PBAPolicy(data.mean if self.fill is None else self.fill, self.bilinear, self.skip, self.space.limits)
+    policy = type(self)(data.mean if self.fill is None else self.fill, self.bilinear, self.skip, self.space.limits)
     if data.places: policy = policy.without([*GEOMETRIC,'Cutout'], f"The geometric operations would shift images against their targets ({data.places})")
     if data.channels!=3: policy = policy.without(['Color'], f"Color needs RGB images and these have {data.channels} channels")
     return policy

@@ -16,7 +16,7 @@ from torch import nn,Tensor
 from fastcore.basics import patch
 from .space import *
 
-# %% ../nbs/02_policy.ipynb #98cb0b33
+# %% ../nbs/02_policy.ipynb #553346bc
 class Data(NamedTuple):
     "What a policy may want to know of the data it will act on"
     channels:int=3          # Of the images
@@ -31,7 +31,7 @@ class Policy(nn.Module):
     skip,limits = (),{} # Of a policy with operations: those that must not be used, and narrower ranges
     def __init__(self):
         super().__init__()
-        self.space = copy.deepcopy(self.space) # moves to a device with this object
+        self.space = Space(self.space.of) # its own, which moves to a device with this object
 
     @property
     def name(self): return type(self).__name__
@@ -43,9 +43,9 @@ class Policy(nn.Module):
         "As `apply`; may change `x` itself, which was made for this batch"
         return self.apply(x, drawn, generator)
 
-# %% ../nbs/02_policy.ipynb #54b33822
+# %% ../nbs/02_policy.ipynb #3b88cefd
 @patch
-def draw_under(self:Policy, lam:Tensor, generator:torch.Generator): # λ of each sample (B,H)
+def draw_under(self:Policy, lam:Tensor, generator:torch.Generator|None=None): # λ of each sample (B,H)
     "`draw` for samples with the hyperparameters `lam`"
     return self.draw(Values(self.space, self.space.values(lam)), generator)
 
@@ -53,7 +53,7 @@ def draw_under(self:Policy, lam:Tensor, generator:torch.Generator): # λ of each
 def forward(self:Policy,
     x:Tensor,   # Samples (B,...)
     lam:Tensor, # λ of each (B,H)
-    generator:torch.Generator # Source of all randomness, on the device of `x`
+    generator:torch.Generator|None=None # Source of all randomness, on the device of `x`
 ) -> Tensor: # (B,...)
     "Augment each sample under its own λ"
     return self.apply(x, self.draw_under(lam, generator), generator)

@@ -33,7 +33,7 @@ from .clock import *
 from .processes import average
 from . import resume as resuming
 
-# %% ../nbs/07_search.ipynb #3e575a32
+# %% ../nbs/07_search.ipynb #d3add124
 class HBACallback(PolicyCallback):
     "Hypernetwork-Based Augmentation: learn by gradient, within one fit, how strongly each image operation should act at each moment"
     attached,goes_on = False,True # Is the search in place?
@@ -89,7 +89,7 @@ class HBACallback(PolicyCallback):
     def before_train(self):
         "Attach, the first time; un-centred layers hold φ0 from here to the end of the epoch's training"
         PolicyCallback.before_train(self)
-        self.steps = Steps()
+        self.hyper_steps = Steps()
         self.net.hold_phi0(True)
 
     def before_batch(self):
@@ -122,7 +122,7 @@ class HBACallback(PolicyCallback):
     def after_train(self):
         "The plain network for the validation; stop where too many hypergradients were not finite"
         self.plain_network()
-        self.steps.check()
+        self.hyper_steps.check()
 
     def after_epoch(self):
         "Note λ, and write the checkpoint"
@@ -145,7 +145,7 @@ def new_lam(self:HBACallback) -> Hyperparameters:
     floor = None if self.floor is None else self.policies.space.start(self.floor)
     return Hyperparameters(self.start, floor, self.policies.sizes if self.joint else None)
 
-# %% ../nbs/07_search.ipynb #6042a81f
+# %% ../nbs/07_search.ipynb #5dad7665
 @patch
 def refuse(self:HBACallback):
     "Raise where a search would be wrong"
@@ -155,7 +155,7 @@ def refuse(self:HBACallback):
 @patch
 def open(self:HBACallback, again:bool):
     "Before the first epoch; `again`: a search begins, or one that was stopped"
-    self.loss0,self.steps = self.hyper_loss or self.learn.loss_func,Steps()
+    self.loss0,self.hyper_steps = self.hyper_loss or self.learn.loss_func,Steps()
     self.undo.enter_context(shown(self.learn, self.columns()))
     if not self.checkpoint: return
     with target_batches(self.learn, self.valid, 0) as stream: self.settings = resuming.described(self, stream)
@@ -170,7 +170,7 @@ def columns(self:HBACallback) -> dict:
     is_p = torch.tensor([n.endswith('.p') for n in self.policies.space.names])
     mean = lambda part: self.lam.value.cpu()[part].sigmoid().mean().item() if part.any() else None
     of_lam = {'mean_p': lambda: mean(is_p), 'mean_mag': lambda: mean(~is_p)}
-    return {'hyper_loss': lambda: self.steps.loss(), **of_lam, 'skipped': lambda: self.steps.skipped()}
+    return {'hyper_loss': lambda: self.hyper_steps.loss(), **of_lam, 'skipped': lambda: self.hyper_steps.skipped()}
 
 # %% ../nbs/07_search.ipynb #95e66c04
 @patch
@@ -230,7 +230,7 @@ def z_batch(self:HBACallback) -> Tensor: # (B,n)
     if self.condition=='lambda': return torch.cat([t.lam_i for t in self.tfms], 1)
     with torch.no_grad(): return self.bound.scaled([p.dose(t.drawn) for p,t in zip(self.bound.parts, self.tfms)])
 
-# %% ../nbs/07_search.ipynb #081893ec
+# %% ../nbs/07_search.ipynb #6524826e
 @patch
 def target_loss(self:HBACallback, b:tuple) -> Tensor:
     "Loss of the network on a target batch, in the precision of training"
@@ -244,8 +244,8 @@ def hyper_step(self:HBACallback):
     "Move λ on a target batch"
     b,scaler = next(self.stream),getattr(self.learn, 'scaler', None)
     what = self.net,get_model(self.learn.model),lambda: self.target_loss(b),self.lam,self.z
-    if self.exploit=='best': self.steps.append(take_best(*what, self.sampled()))
-    else: self.steps.append(descend(*what, self.rate, scaler.scale(torch.ones_like(self.lam.value[0])) if scaler else 1.))
+    if self.exploit=='best': self.hyper_steps.append(take_best(*what, self.sampled()))
+    else: self.hyper_steps.append(descend(*what, self.rate, scaler.scale(torch.ones_like(self.lam.value[0])) if scaler else 1.))
     self.net.move_to(self.z(self.lam.value))
 
 @patch
@@ -289,12 +289,12 @@ def keep(self:HBACallback):
     if self.course.done+here > self.points[-1][0]+1e-3: self.note(here)
     _schedules[self.learn] = self.schedule
 
-# %% ../nbs/07_search.ipynb #8cdcb54a
+# %% ../nbs/07_search.ipynb #c3545f74
 @patch
 def report(self:HBACallback) -> pd.DataFrame:
     """Say in plain words which operations λ favours by signal and which by noise; returns per operation the signal
     (above 0: more of it lowers the validation loss), and the values of all its copies"""
-    df = evidence(self.lam.gradients(), self.policies.space, self.lam.value, self.points[0][1])
+    df = evidence(self.lam.gradients(), self.policies.space, self.lam.value, self.points[0][1] if self.points else self.start)
     moved = self.net is None or any(v.abs().max()>0 for l in self.net.layers for v in l.V.values())
     print('. '.join([*hindrances(self.provenance, moved), in_words(df)]))
     return df

@@ -16,7 +16,6 @@ from hba_fastai.search import HBACallback,ScheduleCallback
 from hba_fastai.data import array_dls,digits
 from hba_fastai.schedule import Schedule
 from hba_fastai.space import PBASpace,TABLE7
-from hba_fastai.transform import population
 
 def split_learner(**kw): return small_learner(splitter=lambda m: [list(m[:4].parameters()),list(m[4:].parameters())], **kw)
 
@@ -47,9 +46,9 @@ def test_the_warm_up_is_a_share_of_both_fits():
     learn,hba,steps = split_learner(),HBACallback(warmup=0.5),[]
     class Steps(Callback):
         order = 40
-        def after_epoch(self): steps.append(len(self.learn.hba.losses))
+        def after_epoch(self): steps.append(len(self.learn.hba.hyper_steps))
     learn.fine_tune(3, cbs=[hba,Steps()])
-    assert steps==[0,1,5,5] and hba.rate==0.1 and abs(hba.wait-2)<1e-9
+    assert steps==[0,1,5,5] and hba.rate==0.1 and abs(hba.clock.wait-2)<1e-9
 
 def test_alpha_goes_with_the_hyper_steps_that_are_made():
     """Gradient accumulation makes fewer real steps than batches, and the warm-up fewer hyper-steps than that;
@@ -57,7 +56,7 @@ def test_alpha_goes_with_the_hyper_steps_that_are_made():
     hba,learn,made = HBACallback(warmup=0.25, T_val=50),small_learner(n_train=400),[]
     class Steps(Callback):
         order = 40
-        def after_epoch(self): made.append(len(self.learn.hba.losses))
+        def after_epoch(self): made.append(len(self.learn.hba.hyper_steps))
     learn.fit(8, cbs=[hba, GradientAccumulation(40), Steps()])
     assert sum(made)==1550 and abs(hba.rate*1500-90)<1e-6
 
@@ -209,7 +208,7 @@ def test_forbidden_and_bounded_operations(tmp_path):
         order = 40
         def before_batch(self):
             if not self.training: return
-            d = (getattr(self.learn, 'hba', None) or self.learn.schedule).tfm.drawn
+            d = (getattr(self.learn, 'hba', None) or self.learn.schedule).tfms[0].drawn
             ops.update(list(TABLE7)[o] for o in d.op.unique().tolist() if o>=0)
             most.append(d.m[d.op==list(TABLE7).index('Rotate')].abs().max().item() if (d.op==list(TABLE7).index('Rotate')).any() else 0.)
     learn.fit(3, cbs=[hba,See()])
@@ -236,7 +235,7 @@ def test_what_could_not_act_in_the_search_is_not_drawn_at_replay():
     class See(Callback):
         order = 40
         def before_batch(self):
-            if self.training: drawn.update(self.learn.schedule.tfm.drawn.op.unique().tolist())
+            if self.training: drawn.update(self.learn.schedule.tfms[0].drawn.op.unique().tolist())
     small_learner().fit(2, cbs=[ScheduleCallback(hba), See()])
     assert list(TABLE7).index('Color') not in drawn and len(drawn)>=14
 
@@ -250,20 +249,22 @@ def test_provenance_says_how_it_was_found():
 
 @pytest.mark.parametrize('condition', ['dose','lambda'])
 def test_what_the_layers_respond_to_has_mean_zero(condition):
-    "z is centred on its expectation under λ+ε: over 100,000 draws each mean is within 5 standard errors of 0 (at the bare λ the largest is beyond 20)"
-    hba,zs = HBACallback(condition=condition, start=(0.3,0.3), seed=0),[]
+    "z is centred on its expectation under λ+ε: over 100,000 draws each mean is within 5 standard errors of 0 (at the bare λ the largest is beyond 10)"
+    hba,zs,refs,bare = HBACallback(condition=condition, start=(0.3,0.3), seed=0),[],[],[]
     class Many(Callback):
         order = 40
         def before_batch(self):
             hba = self.learn.hba
             if zs or not self.training: return
             for _ in range(50):
-                hba.tfm.lam_i = population(hba.lam, hba.sigma, 2000, hba.generator, hba.tfm.active)
-                hba.tfm.drawn = hba.policy.draw(hba.tfm.lam_i, hba.generator)
-                zs.append(hba._z_batch())
-            hba.net.set(None)
+                tfm = hba.tfms[0]
+                tfm.lam_i = tfm.population(hba.lam.value, 2000)
+                tfm.drawn = tfm.policy.draw_under(tfm.lam_i, tfm.generator)
+                zs.append(hba.z_batch()-hba.net.ref)
+            refs.append(hba.net.ref); bare.append(hba.bound.expected(hba.start))
+            hba.net.respond(None)
     small_learner().fit(1, cbs=[hba,Many()])
     z = torch.cat(zs).double()
     worst = lambda z: (z.mean(0).abs()/(z.std(0)/len(z)**0.5).clamp(min=1e-12)).max()
     assert worst(z) < 5
-    if condition=='dose': assert worst(z + hba.ref - 5**0.5*hba.policy.expected(hba.start)) > 20
+    if condition=='dose': assert worst(z + refs[0] - bare[0]) > 10

@@ -4,10 +4,12 @@ Seen without such a GPU: tensors on the meta device, and fake tensors, have a de
 import pytest, torch
 import torch.nn.functional as F
 from conftest import small_net
-from hba_fastai.search import HBACallback,LAM_MAX
 from hba_fastai.evidence import signal
-from hba_fastai.hyper import HyperNet,adam,adam_start,hypergradient
+from hba_fastai.exploit import descend
+from hba_fastai.hypernet import HyperNet
 from hba_fastai.pba import PBAPolicy
+from hba_fastai.policy import Data
+from hba_fastai.search import HBACallback
 from hba_fastai.space import PBASpace
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,8 +37,8 @@ def test_a_policy_needs_no_float64(fill, sigma):
     with no_float64():
         policy = PBAPolicy(fill, limits={'Rotate': (0,10)}).to('meta')
         lam = torch.zeros(54, device='meta', requires_grad=True)
-        d = policy.draw(lam.detach().repeat(8,1))
-        f,z = policy.features(d),policy.expected(lam, sigma)
+        d = policy.draw_under(lam.detach().repeat(8,1))
+        f,z = policy.dose(d),policy.expected(lam, sigma)
         z.sum().backward()
         assert {o.device.type for o in (*d,f,z,lam.grad)}=={'meta'} and f.dtype==z.dtype==torch.float32
         for x in (torch.rand(8,3,16,16, device='meta'),torch.zeros(8,3,16,16, dtype=torch.uint8, device='meta')):
@@ -47,8 +49,8 @@ def test_a_policy_needs_no_float64_on_a_gpu():
     and the backward pass, which wants a driver"""
     with FakeTensorMode(allow_non_fake_inputs=True),no_float64():
         policy,lam = PBAPolicy().to('cuda'),torch.zeros(54, device='cuda')
-        d = policy.draw(lam.repeat(8,1))
-        assert {o.device.type for o in (*d,policy.features(d),policy.expected(lam),policy.expected(lam, 1.))}=={'cuda'}
+        d = policy.draw_under(lam.repeat(8,1))
+        assert {o.device.type for o in (*d,policy.dose(d),policy.expected(lam),policy.expected(lam, 1.))}=={'cuda'}
 
 @pytest.mark.parametrize('space', [PBASpace(),PBASpace().to('meta')])
 def test_a_space_needs_no_float64(space):
@@ -68,17 +70,16 @@ def test_a_hyper_step_needs_no_float64(kw):
     hba,model = HBACallback(**kw),small_net().to('meta')
     x,y = torch.rand(4,3,12,12, device='meta'),torch.zeros(4, dtype=torch.long, device='meta')
     with no_float64():
-        hba.policy = PBAPolicy().to('meta')
-        lam,lowest = hba.lam.to('meta'),hba.lowest.to('meta')
-        z = hba.z(lam).detach()
-        with HyperNet([('1',model[1])], len(z)) as net:
-            net.set(torch.zeros(4, len(z), device='meta'))
+        hba.bound = hba.policies.bound(Data(), 1.).to('meta')
+        lam = hba.lam.to('meta')
+        z = hba.z(lam.value).detach()
+        net = HyperNet([('1',model[1])], len(z), centred=hba.centred)
+        with net.attached(z):
+            net.hold_phi0(True)
+            net.respond(torch.zeros(4, len(z), device='meta'))
             F.cross_entropy(model(x), y).backward()
-            own = None if hba.centred else torch.zeros_like(z)
-            l,g = hypergradient(net, model, lambda: F.cross_entropy(model(x), y), lam, hba.z, ref=own)
-            new,_,ok = adam(lam, g, adam_start(lam), 0.1, hba.joint)
-            net.fold(hba.z(new.clamp(max=LAM_MAX).max(lowest)).detach()-z)
-        assert new.dtype==torch.float32 and {o.device.type for o in (l,g,new,ok)}=={'meta'}
-        with pytest.raises(NotImplementedError, match='meta'): signal(torch.zeros(3,54, device='meta')) # to the CPU first
-        hba.lam,hba.done = lam,0
-        with pytest.raises(NotImplementedError, match='meta'): hba._note(0)
+            l,ok = descend(net, model, lambda: F.cross_entropy(model(x), y), lam, hba.z, 0.1)
+            net.move_to(hba.z(lam.value))
+        assert lam.value.dtype==torch.float32 and {o.device.type for o in (l,lam.value,ok)}=={'meta'}
+        with pytest.raises(NotImplementedError, match='meta'): signal(*torch.zeros(2,54, device='meta'), hba.bound.space) # to the CPU first
+        with pytest.raises(NotImplementedError, match='meta'): hba.note(0)

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from fastai.distributed import DistributedDL
 from fastai.callback.core import Callback
 from conftest import small_learner
-import hba_fastai.search as C
-from hba_fastai.hyper import HyperNet
-from hba_fastai.lam import adam,adam_start
+from hba_fastai.replay import ScheduleCallback
+from hba_fastai.search import HBACallback
+from hba_fastai.transform import PolicyTransform
+from hba_fastai.hypernet import HyperNet
 from hba_fastai.schedule import Schedule
 
 def broadcast(self, t, rank): # fastai's calls .cuda()
@@ -36,18 +37,18 @@ class See(Callback):
     order = 40
     def before_batch(self):
         if not self.training or 'eps' in out: return
-        u,v = both(self.learn.hba.tfm.lam_i); out['eps'] = not torch.equal(u,v)
+        u,v = both(self.learn.hba.tfms[0].lam_i); out['eps'] = not torch.equal(u,v)
     def after_batch(self):
         if not self.training: return
         hba = self.learn.hba
-        for name,t in [('lam',hba.lam), *[(f'phi{i}',p.detach()) for i,(p,_) in enumerate(hba.net.params)], *[(k,v) for k,v in self.learn.model.state_dict().items() if 'running' not in k and 'num' not in k]]:
+        for name,t in [('lam',hba.lam.value), *[(f'phi{i}',p.detach()) for i,(p,_) in enumerate(hba.net.params)], *[(k,v) for k,v in self.learn.model.state_dict().items() if 'running' not in k and 'num' not in k]]:
             u,v = both(t.float()); assert torch.equal(u,v), f'{name} differs between the ranks at step {self.learn.train_iter}'
         if raw:
             u,v = both(raw[-1]); out['raw'] = not torch.equal(u,v)
-            m = hba.adam[0]; out['m'] = m
+            out['m'] = hba.lam.adam[0]
 
 learn = small_learner(seed=0)
-hba = C.HBACallback(T_train=2, valid=float(sys.argv[3]) if sys.argv[3]!='0' else None, checkpoint='d', condition=sys.argv[4]) # no seed: it must be agreed upon
+hba = HBACallback(T_train=2, valid=float(sys.argv[3]) if sys.argv[3]!='0' else None, checkpoint='d', condition=sys.argv[4]) # no seed: it must be agreed upon
 learn.path = type(learn.path)(sys.argv[2])
 torch.manual_seed(100+rank)
 with learn.distrib_ctx(sync_bn=False): learn.fit(3, 1e-2, cbs=[hba, See()])
@@ -55,17 +56,17 @@ u,v = both(hba.schedule.table)
 assert torch.equal(u,v) and not torch.equal(hba.schedule.table[0], hba.schedule.table[-1])
 assert out['eps'] and out['raw'], out
 g = torch.stack(raw); u,v = both(g)
-lam = C._start(C.AT); state = adam_start(lam) # replay Adam with the mean of the two ranks' hypergradients
-for m in (u+v)/2: lam,state,_ = adam(lam, m, state, hba.rate, hba.joint); lam = lam.clamp(max=7).max(hba.lowest)
-assert torch.allclose(lam, hba.lam, atol=1e-5), (lam-hba.lam).abs().max()
-for dl in learn.dls.loaders: assert not any(isinstance(t, C.PolicyTransform) for t in dl.after_batch.fs)
+lam = hba.new_lam() # replay Adam with the mean of the two ranks' hypergradients
+for m in (u+v)/2: lam.step(m, hba.rate)
+assert torch.allclose(lam.value, hba.lam.value, atol=1e-5), (lam.value-hba.lam.value).abs().max()
+for dl in learn.dls.loaders: assert not any(isinstance(t, PolicyTransform) for t in dl.after_batch.fs)
 small = small_learner(seed=1)
 seen = []
 class Lam(Callback):
     order = 40
     def before_batch(self):
-        if self.training: seen.append(self.learn.schedule.tfm.lam_i.clone())
-with small.distrib_ctx(sync_bn=False): small.fit(1, cbs=[C.ScheduleCallback(hba.schedule), Lam()])
+        if self.training: seen.append(self.learn.schedule.tfms[0].lam_i.clone())
+with small.distrib_ctx(sync_bn=False): small.fit(1, cbs=[ScheduleCallback(hba.schedule), Lam()])
 u,v = both(seen[0]); assert not torch.equal(u,v)
 dist.barrier(); dist.destroy_process_group() # else gloo's threads may still run when the interpreter ends, which aborts
 print('rank', rank, 'ok', flush=True)

@@ -6,12 +6,14 @@ import pytest, torch
 import torch.nn.functional as F
 from conftest import recorded, small_net
 from fastai.optimizer import SGD
-from hba_fastai.search import HBACallback,LAM_MAX
-from hba_fastai.hyper import HyperNet,adam,adam_start,hypergradient
+from hba_fastai.exploit import descend,take_best
+from hba_fastai.hypernet import HyperNet
 from hba_fastai.kernels import triton
 from hba_fastai.ops import apply_ops
 from hba_fastai.optimizer import trained_with
 from hba_fastai.pba import PBAPolicy
+from hba_fastai.policy import Data
+from hba_fastai.search import HBACallback
 from hba_fastai.transform import population
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException,DynamicOutputShapeException,FakeTensorMode
@@ -82,7 +84,7 @@ def test_a_policy_does_not_wait(fill, skip, fake):
     x = torch.zeros(8, 3, 16, 16, device='cuda')
     with no_waiting(),recorded():
         y,lam_i,drawn = augmented(policy, lam, x)
-        out = [y, lam_i, *drawn, policy.features(drawn)]
+        out = [y, lam_i, *drawn, policy.dose(drawn)]
         out += [policy.expected(lam), policy.expected(lam, 1.), policy.p_applied(lam)]
         assert {o.device.type for o in out}=={'cuda'}
 
@@ -91,46 +93,39 @@ def test_a_policy_does_not_wait(fill, skip, fake):
 def augmented(policy, lam, x, sigma=1.):
     "What `PolicyTransform` does to a batch: the images, λ of each, and what was drawn"
     lam_i = population(lam, sigma, len(x), None, policy.active)
-    drawn = policy.draw(lam_i)
+    drawn = policy.draw_under(lam_i)
     return policy.apply(x, drawn),lam_i,drawn
 
 def trained(net, model, opt, z, x, y):
     "A training step: each image meets its own network"
-    net.set(z)
+    net.respond(z)
     loss = F.cross_entropy(model(x), y)
     loss.backward()
     opt.step(); opt.zero_grad()
-    net.set(None)
+    net.respond(None)
     return loss.detach()
-
-def moved(hba, net, model, lam, state, x, y):
-    "A hyper-step: λ, and the network with it"
-    own = None if hba.centred else torch.zeros_like(hba.ref)
-    loss,g = hypergradient(net, model, lambda: F.cross_entropy(model(x), y), lam, hba.z, ref=own)
-    new,state,ok = adam(lam, g, state, 0.1, hba.joint)
-    new = new.clamp(max=LAM_MAX).max(hba.lowest)
-    net.fold(hba.z(new).detach()-hba.ref)
-    return loss,new,state,ok
 
 PAPER = dict(condition='lambda', centred=False, joint=False)
 
-@pytest.mark.parametrize('kw', [dict(condition='dose'),dict(condition='lambda'),PAPER])
+@pytest.mark.parametrize('kw', [dict(condition='dose'),dict(condition='lambda'),PAPER,dict(exploit='best')])
 def test_a_step_of_a_search_does_not_wait(kw, fake, device='lazy'):
     hba = HBACallback(**kw)
     with torch.device(device): model = small_net()
-    hba.policy,hba.lam,hba.lowest = PBAPolicy().to(device),hba.lam.to(device),hba.lowest.to(device)
-    hba.ref = hba.z(hba.lam).detach()
+    hba.bound,lam = hba.policies.bound(Data(), 1.).to(device),hba.lam.to(device)
+    policy,z = hba.bound.parts[0],hba.z(lam.value)
     x,y = torch.zeros(8, 3, 16, 16, device=device),torch.zeros(8, dtype=torch.long, device=device)
-    opt = SGD(list(model.parameters()), 0.1, mom=0.9)
-    with HyperNet([('1',model[1])], len(hba.ref)) as net,trained_with(opt, net.params):
-        state = adam_start(hba.lam)
+    opt,net = SGD(list(model.parameters()), 0.1, mom=0.9),HyperNet([('1',model[1])], len(z), centred=hba.centred)
+    with net.attached(z),trained_with(opt, net.params):
+        net.hold_phi0(True)
         with no_waiting():
             for _ in range(2): # the first creates the optimizer's state
-                xb,lam_i,drawn = augmented(hba.policy, hba.lam, x)
-                hba.tfm = SimpleNamespace(lam_i=lam_i, drawn=drawn)
-                loss = trained(net, model, opt, hba._z_batch(), xb, y)
-                hyper_loss,lam,state,ok = moved(hba, net, model, hba.lam, state, x, y)
-                assert {o.device.type for o in (loss,hyper_loss,lam,*state,ok)}=={device}
+                xb,lam_i,drawn = augmented(policy, lam.value, x)
+                hba.tfms = [SimpleNamespace(lam_i=lam_i, drawn=drawn)]
+                loss = trained(net, model, opt, hba.z_batch(), xb, y)
+                what = net,model,lambda: F.cross_entropy(model(x), y),lam,hba.z
+                hyper_loss,ok = take_best(*what, lam_i[:3]) if hba.exploit=='best' else descend(*what, 0.1)
+                net.move_to(hba.z(lam.value))
+                assert {o.device.type for o in (loss,hyper_loss,lam.value,*lam.adam,ok)}=={device}
         assert all(p.device.type==device for p,_ in net.params)
 
 def test_a_step_of_a_replay_does_not_wait(fake, device='cuda'):

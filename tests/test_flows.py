@@ -20,7 +20,9 @@ from fastai.vision.all import (BBoxBlock,BBoxLblBlock,ImageBlock,ImageDataLoader
 from PIL import Image
 from torch import nn
 from conftest import quiet,small_learner,small_net
-from hba_fastai.search import HBACallback,PolicyTransform,ScheduleCallback
+from hba_fastai.replay import ScheduleCallback
+from hba_fastai.search import HBACallback
+from hba_fastai.transform import PolicyTransform
 from hba_fastai.data import array_dls,digits
 from hba_fastai.schedule import Schedule
 from hba_fastai.space import PBASpace

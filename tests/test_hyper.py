@@ -8,7 +8,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from hba_fastai.hyper import HyperNet
+from hba_fastai.hypernet import HyperNet
 from hba_fastai.layers import select
 from hba_fastai.modules import evaluating
 from hba_fastai.pba import PBAPolicy

@@ -5,26 +5,26 @@ from fastai.callback.all import (ChannelsLast,EarlyStoppingCallback,GradientAccu
                                  TerminateOnNaNCallback)
 from fastai.callback.core import Callback
 from conftest import small_learner
-from hba_fastai.search import HBACallback,LAM_MAX
-from hba_fastai.data import array_dls,digits,digits_dls
-from hba_fastai.lam import adam,adam_start
+from hba_fastai.data import array_dls,digits
+from hba_fastai.lam import LAM_MAX,adam,adam_start
+from hba_fastai.search import HBACallback
 
 class Bad(HBACallback):
     "Every `every`-th hyper-validation batch holds an infinite pixel"
     name = 'hba'
-    every = 0
+    every,made = 0,0
     def hyper_step(self):
-        n = self.steps = getattr(self, 'steps', 0)+1
+        n = self.made = self.made+1
         stream,bad = self.stream,self.every and n%self.every==0
         class One:
             def __next__(s):
                 b = next(stream)
                 return (b[0]*float('inf'),*b[1:]) if bad else b
         self.stream = One()
-        before = (self.lam.clone(),[a.clone() for a in self.adam],{k:v.clone() for k,v in self.model.state_dict().items()})
+        before = (self.lam.value.clone(),[a.clone() for a in self.lam.adam],{k:v.clone() for k,v in self.model.state_dict().items()})
         try: super().hyper_step()
         finally: self.stream = stream
-        same_search = torch.equal(before[0], self.lam) and all(torch.equal(a,b) for a,b in zip(before[1], self.adam))
+        same_search = torch.equal(before[0], self.lam.value) and all(torch.equal(a,b) for a,b in zip(before[1], self.lam.adam))
         same = same_search and all(torch.equal(v, before[2][k]) for k,v in self.model.state_dict().items())
         assert same==bool(bad)
 
@@ -33,7 +33,7 @@ def test_bad_hypergradients_are_skipped_and_counted():
     hba.every,rows = 5,[]
     learn.logger = lambda r: rows.append(list(r))
     learn.fit(2, cbs=hba)
-    assert [r[learn.recorder.metric_names.index('skipped')] for r in rows]==[2,2] and hba.lam.isfinite().all() and hba.schedule.table.isfinite().all()
+    assert [r[learn.recorder.metric_names.index('skipped')] for r in rows]==[2,2] and hba.lam.value.isfinite().all() and hba.schedule.table.isfinite().all()
     assert all(math.isfinite(r[learn.recorder.metric_names.index('hyper_loss')]) for r in rows)
 
 def test_too_many_bad_hypergradients_stop_the_search_with_the_reason():
@@ -53,11 +53,11 @@ def test_steps_that_overflow_in_half_precision_do_not_count():
             self.autocast,self.learn.scaler,self.scales = torch.amp.autocast('cpu', dtype=torch.float16),torch.amp.GradScaler('cpu', init_scale=2.**40),[]
         def before_step(self): super().before_step(); self.real += 1 # not reached by a step that is cancelled
     class Count(HBACallback):
-        name,steps = 'hba',0
-        def hyper_step(self): self.steps += 1; super().hyper_step()
+        name,made = 'hba',0
+        def hyper_step(self): self.made += 1; super().hyper_step()
     learn,hba,amp = small_learner(n_train=600),Count(),AMP()
     learn.fit(2, cbs=[hba, amp])
-    assert 0 < amp.real < learn.train_iter==60 and hba.steps==amp.real//2 and hba.schedule.table.isfinite().all()
+    assert 0 < amp.real < learn.train_iter==60 and hba.made==amp.real//2 and hba.schedule.table.isfinite().all()
 
 def test_lambda_saturates():
     class Push(HBACallback):
@@ -65,7 +65,7 @@ def test_lambda_saturates():
         def before_batch(self): super().before_batch(); self.rate = 5.
     hba = Push()
     small_learner().fit(4, cbs=hba)
-    assert hba.lam.abs().max()==LAM_MAX and hba.schedule.table.isfinite().all()
+    assert hba.lam.value.abs().max()==LAM_MAX and hba.schedule.table.isfinite().all()
     lam,state = torch.full((3,), LAM_MAX),adam_start(torch.zeros(3))
     for _ in range(500): lam = adam(lam, torch.tensor([-1.,0,1]), state, 0.1)[0].clamp(-LAM_MAX, LAM_MAX)
     assert lam[0]==LAM_MAX and lam[2]==-LAM_MAX # and it can come back

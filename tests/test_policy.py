@@ -2,12 +2,13 @@
 import numpy as np, pytest, torch
 from hba_fastai.ops import OP_NAMES
 from hba_fastai.pba import GRADED,P_K,PBAPolicy
+from hba_fastai.policy import Data
 from hba_fastai.space import PBASpace
 
 def gen(seed): return torch.Generator().manual_seed(seed)
 
 def test_shares_at_five_percent(n=100_000):
-    d = PBAPolicy().draw(PBASpace().start(0.05).expand(n,-1), gen(0))
+    d = PBAPolicy().draw_under(PBASpace().start(0.05).expand(n,-1), gen(0))
     count = (d.op>=0).sum(1)
     for k,share in enumerate((0.37,0.41,0.22)):
         assert abs((count==k).float().mean()-share) < 0.005 + 4*(share*(1-share)/n)**0.5 # shares are given to two digits; four standard errors
@@ -28,7 +29,7 @@ def test_dose_equals_a_literal_walk(n=40_000):
     exact = policy.p_applied(lam).numpy()
     se = (exact*(1-exact)/n)**0.5
     assert (abs(count/n-exact) < 5*se+1e-9).all()
-    f = policy.features(policy.draw(lam.float().expand(200_000,-1), gen(2)))
+    f = policy.dose(policy.draw_under(lam.float().expand(200_000,-1), gen(2)))
     want = policy.expected(lam).float()
     assert ((f.mean(0)-want).abs() < 5*f.std(0)/200_000**0.5 + 1e-6).all()
 
@@ -53,7 +54,7 @@ def test_mean_dose_under_perturbed_hyperparameters(p_rotate, skip, sigma, n=100_
     policy,lam = PBAPolicy(skip=skip),PBASpace().start(0.05)
     lam[[policy.space.names.index(f'Rotate_{c}.p') for c in (0,1)]] = torch.tensor(p_rotate).logit()
     lam_i = lam + sigma*policy.active*torch.randn(n, 54, generator=gen(4))
-    f = policy.features(policy.draw(lam_i, gen(5))).double()
+    f = policy.dose(policy.draw_under(lam_i, gen(5))).double()
     off = lambda *args: (f.mean(0)-policy.expected(lam.double(), *args)).abs() / (f.std(0)/n**0.5+1e-9)
     assert (off(sigma) < 5).all() and off().max() > 9
     assert (f[:,[OP_NAMES.index(o) for o in skip]]==0).all()
@@ -61,15 +62,15 @@ def test_mean_dose_under_perturbed_hyperparameters(p_rotate, skip, sigma, n=100_
 def test_draws_do_not_depend_on_neighbours(n=512):
     "Other λ for the others, or fewer of them: the same draw for sample 0"
     policy = PBAPolicy()
-    a = policy.draw(torch.zeros(n,54), gen(3))
+    a = policy.draw_under(torch.zeros(n,54), gen(3))
     other = torch.randn(n,54)*3; other[:7] = 0
-    for b,k in ((policy.draw(other, gen(3)),7), (policy.draw(torch.zeros(9,54), gen(3)),9)):
+    for b,k in ((policy.draw_under(other, gen(3)),7), (policy.draw_under(torch.zeros(9,54), gen(3)),9)):
         for u,v in zip(a,b): assert torch.equal(u[:k], v[:k])
     x = torch.rand(n,3,8,8)
     assert torch.equal(policy.apply(x, a)[:7], policy.apply(x[:7], type(a)(*[o[:7] for o in a])))
 
 def test_signs_are_even_and_only_geometric(n=50_000):
-    d = PBAPolicy().draw(torch.zeros(n,54), gen(0))
+    d = PBAPolicy().draw_under(torch.zeros(n,54), gen(0))
     geo,on = d.op<5,d.op>=0
     assert (d.m[on&~geo]>=0).all()
     share = (d.m[geo&on]<0).float().mean()
@@ -87,14 +88,14 @@ def test_severity_grows_from_nothing_to_all():
 def test_color_is_left_out_with_one_warning(c):
     with pytest.warns(UserWarning, match='Color needs RGB') as w: y = PBAPolicy()(torch.rand(64,c,8,8), torch.full((64,54), 3.), gen(0))
     assert len(w)==1 and y.shape==(64,c,8,8)
-    assert not (PBAPolicy(skip=['Color']).draw(torch.full((999,54), 3.), gen(0)).op==OP_NAMES.index('Color')).any()
+    assert not (PBAPolicy(skip=['Color']).draw_under(torch.full((999,54), 3.), gen(0)).op==OP_NAMES.index('Color')).any()
 
 def test_what_cannot_act_takes_up_no_slot(n=50_000):
     "Invert alone is left, with both gates open: it fills all slots that the cap allows, and nothing else is drawn, whatever λ says"
     policy = PBAPolicy(skip=[o for o in OP_NAMES if o not in ('Invert','Color')])
-    with pytest.warns(UserWarning, match='Color needs RGB'): policy = policy.for_channels(1)
+    with pytest.warns(UserWarning, match='Color needs RGB'): policy = policy.bind(Data(1))
     assert policy.inactive==[o for o in OP_NAMES if o!='Invert'] and [n for n,a in zip(policy.space.names, policy.active) if a]==['Invert_0.p','Invert_1.p']
-    d = policy.draw(torch.full((n,54), 50.), gen(0))
+    d = policy.draw_under(torch.full((n,54), 50.), gen(0))
     assert set(d.op.unique().tolist())=={-1,OP_NAMES.index('Invert')}
     for k,share in enumerate(P_K): assert abs(((d.op>=0).sum(1)==k).float().mean()-share) < 4*(share*(1-share)/n)**0.5
     assert torch.allclose(policy.expected(torch.full((54,), 50.))[:15].sum(), torch.tensor(1.3)) # 0.3 + 2*0.5
@@ -102,27 +103,27 @@ def test_what_cannot_act_takes_up_no_slot(n=50_000):
 def test_limits_bound_what_is_drawn():
     "Severities keep the unit of Table 7: 10 of its 30 degrees are a third"
     policy = PBAPolicy(limits={'Rotate': (0,10), 'Brightness': (0.8,1.2)})
-    d = policy.draw(torch.full((20_000,54), 10.) + 2*torch.randn(20_000, 54, generator=gen(0)), gen(1))
+    d = policy.draw_under(torch.full((20_000,54), 10.) + 2*torch.randn(20_000, 54, generator=gen(0)), gen(1))
     rotate,bright = (d.op==OP_NAMES.index(o) for o in ('Rotate','Brightness'))
     assert 9.9<d.m[rotate].max()<=10 and -10<=d.m[rotate].min()<-9.9 and 1.19<d.m[bright].max()<=1.2
     assert torch.isclose(d.severity[rotate].max(), torch.tensor(1/3), atol=1e-3) and torch.isclose(d.severity[bright].max(), torch.tensor(0.2/0.9), atol=1e-3)
 
 def test_other_channels_keep_all_that_was_said():
     policy = PBAPolicy(torch.rand(2), True, 'Invert', {'Rotate': (0,10)})
-    with pytest.warns(UserWarning, match='Color needs RGB'): grey = policy.for_channels(2)
+    with pytest.warns(UserWarning, match='Color needs RGB'): grey = policy.bind(Data(2))
     assert torch.equal(grey.fill, policy.fill) and grey.bilinear and grey.inactive==['Invert','Color'] and grey.space.ranges==policy.space.ranges
-    assert policy.inactive==['Invert'] and policy.for_channels(3) is policy and grey.for_channels(1) is grey
+    assert policy.inactive==['Invert'] and policy.bind(Data(3)).inactive==['Invert'] and grey.bind(Data(1)).inactive==grey.inactive
 
 def test_skip_is_checked():
     with pytest.raises(ValueError, match='names all 15 operations'): PBAPolicy(skip=OP_NAMES)
     with pytest.raises(ValueError, match="Flip.*which are not among the operations"): PBAPolicy(skip='Flip')
     color = PBAPolicy(skip=[o for o in OP_NAMES if o!='Color'])
-    with pytest.raises(ValueError, match='these have 1 channels, but `skip` names all the others'): color.for_channels(1)
+    with pytest.raises(ValueError, match='these have 1 channels, but `skip` names all the others'): color.bind(Data(1))
 
 def test_untouched_images_are_bit_equal():
     x = torch.rand(500,3,8,8)
     policy = PBAPolicy()
-    d = policy.draw(PBASpace().start(0.05).expand(500,-1), gen(0))
+    d = policy.draw_under(PBASpace().start(0.05).expand(500,-1), gen(0))
     same = (policy.apply(x, d)==x).flatten(1).all(1)
     assert same[d.op[:,0]<0].all() and not same.all()
 
@@ -139,7 +140,7 @@ def test_no_step_waits_for_the_device():
         policy = PBAPolicy(fill).to('meta')
         lam,x = torch.zeros(8,54, device='meta', requires_grad=True),torch.rand(8,3,16,16, device='meta')
         with Alone():
-            d = policy.draw(lam.detach().repeat(8,1)[:8])
+            d = policy.draw_under(lam.detach().repeat(8,1)[:8])
             for v in (x,x.to(torch.uint8)): assert policy.apply(v, d).shape==x.shape
-            policy.features(d)
+            policy.dose(d)
             for sigma in (0.,1.): policy.expected(lam[0], sigma).sum().backward()

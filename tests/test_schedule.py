@@ -43,7 +43,7 @@ def value(d, v): return change(d, values={**d['values'], 'Invert_1.p': v})
 
 BAD = {'not json': (lambda d: '{"format": ', 'not JSON'), 'no schedule': (lambda d: [1,2], 'does not say'),
        'another format': (lambda d: change(d, format='x'), 'does not say'),
-       'newer': (lambda d: change(d, version=3), 'version 3 and this package reads versions 1 to 2: update'),
+       'newer': (lambda d: change(d, version=4), 'version 4 and this package reads versions 1 to 3: update'),
        'no version': (lambda d: {k:v for k,v in d.items() if k!='version'}, 'version None'),
        'missing': (lambda d: change(d, values={k:v for k,v in d['values'].items() if k!='Rotate_0.m'}), "lacks hyperparameters, 'Rotate_0.m'"),
        'unknown': (lambda d: change(d, values={**d['values'], 'Rotate_2.m': [1,2,3]}), "unknown hyperparameters, 'Rotate_2.m'"),

@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
-from hba_fastai.hyper import HyperNet
+from hba_fastai.hypernet import HyperNet
 from hba_fastai.layers import executed,foldable,select
 
 def tv_convnext(): return models.convnext.ConvNeXt([CNBlockConfig(8,16,1), CNBlockConfig(16,None,1)], num_classes=4)
