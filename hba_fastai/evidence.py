@@ -7,9 +7,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/evidence.html.md"""
 # %% auto #0
 __all__ = ['SIGNAL', 'signal', 'evidence', 'in_words', 'hindrances']
 
-# %% ../nbs/06f_evidence.ipynb #a51f14a1
+# %% ../nbs/06f_evidence.ipynb #3a278aae
 import pandas as pd
-import torch
 from torch import Tensor
 from .space import *
 

@@ -7,8 +7,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/search.html.md"""
 # %% auto #0
 __all__ = ['HBACallback']
 
-# %% ../nbs/07_search.ipynb #a1b09841
-import numbers,warnings,weakref
+# %% ../nbs/07_search.ipynb #9f35e3a8
+import warnings,weakref
 from contextlib import nullcontext
 import torch
 from torch import Tensor
@@ -230,13 +230,12 @@ def z_batch(self:HBACallback) -> Tensor: # (B,n)
     if self.condition=='lambda': return torch.cat([t.lam_i for t in self.tfms], 1)
     with torch.no_grad(): return self.bound.scaled([p.dose(t.drawn) for p,t in zip(self.bound.parts, self.tfms)])
 
-# %% ../nbs/07_search.ipynb #6524826e
+# %% ../nbs/07_search.ipynb #cbd3baac
 @patch
 def target_loss(self:HBACallback, b:tuple) -> Tensor:
     "Loss of the network on a target batch, in the precision of training"
     n,mp,model = self.dls.n_inp,getattr(self.learn, 'mixed_precision', None),get_model(self.learn.model)
-    with mp.autocast if mp else nullcontext():
-        loss = self.loss0(to_float(model(*b[:n])) if mp else model(*b[:n]), *b[n:])
+    with mp.autocast if mp else nullcontext(): loss = self.loss0(to_float(model(*b[:n])) if mp else model(*b[:n]), *b[n:])
     return loss.as_subclass(Tensor)
 
 @patch
