@@ -134,13 +134,16 @@ class Letter:
         self.net = Network(Hyper(l, hba.first[n], len(names)) if n in hba.first else l for n,l in own.named_children())
         self.policy,self.random = PBAPolicy(),torch.Generator()
         self.random.set_state(hba.state)
-        is_phi = lambda name: 'phi_U' in name or 'phi_V' in name
-        groups = [{'params': [p for n,p in self.net.named_parameters() if is_phi(n)==phi and (int(n[0])<3)==body],
-                   'lr': BODY_LR if body else HEAD_LR, 'weight_decay': DECAY*(decay or not phi)} for phi in (False,True) for body in (True,False)]
-        self.sgd = torch.optim.SGD([g for g in groups if g['params']], momentum=MOMENTUM)
+        self.sgd = torch.optim.SGD([self.group(n, p, decay) for n,p in self.net.named_parameters()], momentum=MOMENTUM)
         self.adam = torch.optim.Adam([self.lam], lr=0.03)
 
+    def group(self, name, p, decay):
+        "Rate of the layer, for φ0, φ_U and φ_V alike; φ_U and φ_V decay only if they are told to"
+        is_phi = 'phi_U' in name or 'phi_V' in name
+        return {'params': [p], 'lr': BODY_LR if int(name[0])<3 else HEAD_LR, 'weight_decay': DECAY if decay or not is_phi else 0.}
+
     def run(self, targets):
+        "One training step, another, a hyper-step, and so on; λ is noted after each epoch"
         (x,y),self.images,self.losses,self.lams,self.epochs = digits(12),[],[],[],[]
         data = zip(itertools.cycle(x[:N_TRAIN].split(BS)), itertools.cycle(y[:N_TRAIN].split(BS)))
         self.note()
