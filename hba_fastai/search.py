@@ -45,7 +45,7 @@ class HBACallback(PolicyCallback):
         T_val:int=1,          # Hyper-steps in a row
         sigma:float=1.,       # Standard deviation of ε
         hlr:float|None=None,  # Learning rate α' of Adam on λ; default: `default_hlr` of the length of the course
-        condition:str='dose', # What the hyper-layers respond to: 'dose' (what was done to each image) or 'lambda' (ε, the paper's)
+        condition:str='dose', # What the hyper-layers respond to: 'dose' (what was done to each image) or 'lambda' (λ+ε, the paper's)
         centred:bool=True,    # Layers hold θ̂(λ) and respond to the deviation; False: the paper's literal form while training
         start=None,           # Where λ starts, see `Space.start`: positions in the ranges, or `{name: value}` for some
         floor:float|None=0.02, # Lowest position in its range that a hyperparameter may take, unless it starts lower; None: no bound within |λ| ≤ 15
@@ -74,9 +74,15 @@ class HBACallback(PolicyCallback):
 
     @classmethod
     def paper(cls, **kwargs):
-        """The setting of the paper: first batch norm, conditioned on ε, un-centred, all hyperparameters start at 5% of their ranges,
-        no bounds, no warm-up, plain Adam at α' = 0.03 (Table 8, Reduced CIFAR-10), φ in the group of its layer.
-        The paper leaves open whether φ decay (`decay`), how φ start, σ of ε (1 here), and b1, b2 of Adam (its defaults here)"""
+        """Algorithm 1 to the letter, for Reduced CIFAR-10. The paper says: the first batch norm (4.1) responds to λ+ε as
+        φ0 + diag(φ_V λ_i) φ_U (Eq. 26); σ = 1 (4.1); T_train = 2, T_val = 1, and Adam on λ (4) at a constant α' = 0.03, elsewhere
+        0.02, 0.007 and 0.003 (Table 8); all start at 5% of their ranges (Appendix A). It knows no bounds (here |λ| ≤ 15), no warm-up,
+        and one learning rate for φ0, φ_U and φ_V (here that of their layer's group).
+        It leaves open, and here is: φ_U and φ_V do not decay (`decay`); φ_V starts at 0, φ_U at 1 in norms and as a new layer's weight elsewhere;
+        hyper-steps run in eval mode, on the running statistics of batch norm; b1, b2, eps of Adam are 0.9, 0.999, 1e-8;
+        geometric operations take the nearest pixel and holes the mean colour (`policy=PBAPolicy(fill, bilinear)`).
+        Yours are the SGD of φ (its momentum, and with `wd_bn_bias` whether norms decay), the batches (Algorithm 1 has one size for both kinds,
+        as here unless `valid` is a loader), and the transforms behind the policy (4.2: standardization, flip, crop, Cutout)"""
         own = dict(strategy='first_bn', condition='lambda', centred=False, start=START, floor=None, warmup=0.)
         return cls(**{**own, **dict(hlr=0.03, joint=False, fast=False), **kwargs})
 
