@@ -264,7 +264,7 @@ def z(self:HBACallback, lam:Tensor) -> Tensor: # λ (H,) -> z (n,)
 def z_batch(self:HBACallback) -> Tensor: # (B,n)
     "z of the batch that was just augmented"
     if self.condition=='lambda': return torch.cat([t.lam_i for t in self.tfms], 1)
-    with torch.no_grad(): return self.bound.scaled([p.dose(t.drawn) for p,t in zip(self.bound.parts, self.tfms)])
+    with torch.no_grad(): return self.bound.scaled([p.dose(t.drawn) for p,t in zip(self.bound.parts, self.tfms) if len(p.space)])
 
 def average(t:Tensor) -> Tensor:
     "Mean of `t` over the processes of a distributed training, in place"
