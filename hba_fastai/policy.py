@@ -171,7 +171,8 @@ def _check_samples(policy, lam, x) -> bool: # Are the images others, where the d
     if not (isinstance(d, Tensor) and d.dim()==2 and len(d)==len(x) and d.shape[1] and d.is_floating_point() and d.device==x.device):
         raise ValueError(f"The dose of {policy.name} for {len(x)} samples is {_describe(d)}: give floating-point numbers ({len(x)}, d) on {x.device}")
     for what,t in (('doses',d),('images',y)):
-        if not t.isfinite().all(): raise ValueError(f"{policy.name} gives {what} that are not finite at {policy.space.named(lam)}: keep them so in all of the range")
+        if not t.isfinite().all():
+            raise ValueError(f"{policy.name} gives {what} that are not finite at {policy.space.named(lam)}: keep them so in all of the range")
     for a,b in zip((y,d), _done(policy, lam, x)):
         if not torch.equal(a, b): raise ValueError(f"{policy.name} does other things with the same generator: draw all from the `generator` that it is given")
     return not (torch.equal(y, x) and d.any())
@@ -199,7 +200,8 @@ def _bound(policy, data):
 def _check_means(policy, lam, sigma, n=20_000):
     "The mean of the dose is what `expected` says, within five standard errors of both simulations"
     d,mean = policy.simulate(lam, sigma, n, seed=1).detach(),policy.expected(lam, sigma).detach()
-    if mean.shape!=d.shape[1:]: raise ValueError(f"`expected` of {policy.name} is {_describe(mean)} and its dose has {d.shape[1]} numbers: give as many")
+    if mean.shape!=d.shape[1:]:
+        raise ValueError(f"`expected` of {policy.name} is {_describe(mean)} and its dose has {d.shape[1]} numbers: give as many")
     if not d.std(0).any(): raise ValueError(f"The dose of {policy.name} is the same for all samples at sigma={sigma}: take a sigma above 0")
     error,off = d.std(0)*(1/n + 1/4096)**0.5,(mean-d.mean(0)).abs()
     bad = (off > 5*error + 1e-6*d.abs().amax(0)).nonzero().flatten().tolist()

@@ -129,7 +129,8 @@ def _at_the_end(self:Schedule) -> list:
     mean = lambda o,kind: last[groups[o][kind]].mean().item()
     size = lambda o: next((f" m={mean(o,k):.3g}" for k in groups[o] if k=='m'), '')
     by_p = sorted((o for o in groups if 'p' in groups[o] and o not in self.off), key=lambda o: -mean(o,'p'))[:5]
-    return [f"{o} p={mean(o,'p'):.2f}{size(o)}" for o in by_p] + [f"{o}{'' if k=='value' else '.'+k}={mean(o,k):.3g}" for o in groups if 'p' not in groups[o] for k in groups[o]]
+    name = lambda o,k: o if k=='value' else f'{o}.{k}'
+    return [f"{o} p={mean(o,'p'):.2f}{size(o)}" for o in by_p] + [f"{name(o,k)}={mean(o,k):.3g}" for o in groups if 'p' not in groups[o] for k in groups[o]]
 
 @patch
 def __repr__(self:Schedule):

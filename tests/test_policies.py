@@ -172,7 +172,8 @@ def test_resumed_bit_for_bit(what, place, error, tmp_path):
 
 def test_resumed_with_another_sum_is_refused(tmp_path):
     "Also with the same policies in another order, where λ would be exchanged: both start at the same position"
-    with pytest.raises(RuntimeError): search(Noise()+Darker(), learn=small_learner(path=tmp_path), cbs=[Stop(1, 'behind', RuntimeError('power cut'))], checkpoint='s')
+    stop = Stop(1, 'behind', RuntimeError('power cut'))
+    with pytest.raises(RuntimeError): search(Noise()+Darker(), learn=small_learner(path=tmp_path), cbs=[stop], checkpoint='s')
     for policy in (Darker()+Noise(),Noise(),Noise()+Darker()+Flip(),PBAPolicy()+Noise()+Darker(),Noisy()+Darker()):
         with pytest.raises(CheckpointError, match='spaces='): search(policy, learn=small_learner(path=tmp_path), checkpoint='s', resume=True)
 
@@ -235,7 +236,8 @@ def hidden(self, v, generator):
     return v.noise*rand(v, generator)/self.n
 CHECKS = {
     'signed': (class_of(draw=lambda s,v,g: v.noise*torch.randn(len(v), generator=g)), 'does not move with noise'),
-    'signed, mean given': (class_of(draw=lambda s,v,g: v.noise*torch.randn(len(v), generator=g), expected=lambda s,l,sigma=0.: 0*l), 'does not move with noise'),
+    'signed, mean given': (class_of(draw=lambda s,v,g: v.noise*torch.randn(len(v), generator=g), expected=lambda s,l,sigma=0.: 0*l),
+                           'does not move with noise'),
     'detached': (class_of(dose=lambda s,d: d.detach()[:,None]), 'does not move with noise'),
     'rounded': (class_of(dose=lambda s,d: (d*100).round()[:,None]), 'does not move with noise'),
     'compared': (class_of(draw=lambda s,v,g: v.noise*(rand(v, g)<v.noise)), 'moves with noise by .* times what its gradient says'),
