@@ -47,7 +47,8 @@ def evidence(
     of = signal(gradients.sum(0), (gradients*gradients).sum(0), space)
     rows = {o: {'signal': of[o], **_row(space, kinds, last, start)} for o,kinds in space.groups().items()}
     df = pd.DataFrame.from_dict(rows, orient='index').sort_values('signal', ascending=False)
-    return df[['signal', *sorted((c for c in df if c not in ('signal','copies agree')), key=lambda c: ('pmv'.index(c[0]),c)), 'copies agree']]
+    place = lambda c: ({'p': 0, 'm': 1}.get(c.rsplit('_', 1)[0], 2),c) # other kinds of hyperparameters behind
+    return df[['signal', *sorted((c for c in df if c not in ('signal','copies agree')), key=place), 'copies agree']]
 
 def in_words(df:pd.DataFrame) -> str:
     "What `evidence` found, in ASCII"

@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/pba.html.md"""
 __all__ = ['P_K', 'GRADED', 'GAIN', 'gauss', 'Draw', 'Operations', 'PBAPolicy']
 
 # %% ../nbs/02a_pba.ipynb #e462534e
-import warnings
+import copy,warnings
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -103,18 +103,26 @@ def active(self:PBAPolicy) -> Tensor: return torch.cat([self.keep, self.keep[sel
 
 # %% ../nbs/02a_pba.ipynb #66680035
 @patch
+def _but(self:PBAPolicy, fill, skip) -> PBAPolicy:
+    "A copy of this policy, of its own class, with this `fill` and `skip`"
+    policy = copy.deepcopy(self)
+    policy.fill,policy.skip = None if fill is None else torch.as_tensor(fill, dtype=torch.float32).clone(),_check_skip(skip)
+    policy.keep = torch.tensor([o not in policy.skip for o,_ in policy.space.entries], device=self.keep.device)
+    return policy
+
+@patch
 def without(self:PBAPolicy, names, why:str) -> PBAPolicy:
     "This policy without the operations `names` too, of which the user is told `why`"
     new = [o for o in names if o not in self.skip]
     if not new: return self
     if {*self.skip,*new}==set(OP_NAMES): raise ValueError(f"{why}, but `skip` names all the others: take one of them out")
     warnings.warn(f"{why}: {'it is' if len(new)==1 else 'they are'} left out")
-    return type(self)(self.fill, self.bilinear, (*self.skip,*new), self.space.limits)
+    return self._but(self.fill, (*self.skip,*new))
 
 @patch
 def bind(self:PBAPolicy, data:Data) -> PBAPolicy:
     "This policy for images of such data"
-    policy = type(self)(data.mean if self.fill is None else self.fill, self.bilinear, self.skip, self.space.limits)
+    policy = self._but(data.mean if self.fill is None else self.fill, self.skip)
     if data.places: policy = policy.without([*GEOMETRIC,'Cutout'], f"The geometric operations would shift images against their targets ({data.places})")
     if data.channels!=3: policy = policy.without(['Color'], f"Color needs RGB images and these have {data.channels} channels")
     return policy

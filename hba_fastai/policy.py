@@ -36,12 +36,13 @@ class Policy(nn.Module):
     @property
     def name(self): return type(self).__name__
     def bind(self, data:Data): return copy.deepcopy(self)
-    def draw(self, v:Values, generator:torch.Generator): raise NotImplementedError
-    def dose(self, drawn) -> Tensor: raise NotImplementedError
-    def apply(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor: raise NotImplementedError
+    def draw(self, v:Values, generator:torch.Generator): self._lacks('draw')
+    def dose(self, drawn) -> Tensor: self._lacks('dose')
+    def apply(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor: self._lacks('apply')
     def apply_(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor:
         "As `apply`; may change `x` itself, which was made for this batch"
         return self.apply(x, drawn, generator)
+    def _lacks(self, what): raise NotImplementedError(f"{self.name} has no `{what}`: a policy that is searched needs draw, dose and apply")
 
 # %% ../nbs/02_policy.ipynb #3b88cefd
 @patch
@@ -94,7 +95,8 @@ SPREAD = 0.5 # standard deviation of a scaled dose at the start of a search
 def scale(self:Policy, sigma:float): # A number, or (d,)
     "What the dose is multiplied by before the hyper-layers see it"
     d = self.simulate(self.space.start().to(self.space.lo.device), sigma)
-    return SPREAD/d.std(0).clamp(min=1e-6)
+    spread = d.std(0)
+    return torch.where(spread > 1e-6*d.abs().amax(0), SPREAD/spread, 0.) # what is the same for all samples tells nothing
 
 # %% ../nbs/02_policy.ipynb #921c676e
 class Policies(nn.Module):
@@ -102,26 +104,30 @@ class Policies(nn.Module):
     def __init__(self, *policies):
         super().__init__()
         self.parts = nn.ModuleList(part for p in policies for part in (p.parts if isinstance(p, Policies) else [p]))
+        odd = [p for p in self.parts if not isinstance(p, Policy)]
+        if odd: raise TypeError(f"{type(odd[0]).__name__} is no policy: give objects whose class derives from Policy")
         names = [p.name for p in self.parts]
         twice = [n for n in names if names.count(n)>1]
         if twice: raise ValueError(f"{twice[0]} is there twice: add policies of different classes")
         self.space = sum((p.space for p in self.parts), Space())
-        self.scales = None # one for each policy, see `Policy.scale`; set by `bound`
+        self.scales = None # one for each of those `with_space`, see `Policy.scale`; set by `bound`
 
     def bound(self, data:Data, sigma:float):
         "The policies for these data"
         new = Policies(*[p.bind(data) for p in self.parts])
-        new.scales = [p.scale(sigma) for p in new.parts]
+        new.scales = [p.scale(sigma) for p in new.with_space]
         return new
 
+    @property
+    def with_space(self) -> list: return [p for p in self.parts if len(p.space)]
     @property
     def sizes(self) -> list: return [len(p.space) for p in self.parts]
     @property
     def active(self) -> Tensor: return torch.cat([p.active for p in self.parts])
     @property
-    def skip(self) -> list: return [o for p in self.parts for o in p.skip]
+    def skip(self) -> list: return [o for p in self.with_space for o in p.skip]
     @property
-    def limits(self) -> dict: return {o: r for p in self.parts for o,r in p.limits.items()}
+    def limits(self) -> dict: return {o: r for p in self.with_space for o,r in p.limits.items()}
     def to(self, device):
         for p in self.parts: p.to(device)
         self.space.to(device)
@@ -135,62 +141,111 @@ def __add__(self:Policies, other): return Policies(self, other)
 
 # %% ../nbs/02_policy.ipynb #0f63e269
 @patch
-def scaled(self:Policies, doses:list) -> Tensor: # Doses (...,d) of each policy
-    "Doses of all policies side by side, each in its scale"
+def scaled(self:Policies, doses:list) -> Tensor: # Doses (...,d) of each policy that has hyperparameters
+    "Doses side by side, each in its scale"
     return torch.cat([s*d for s,d in zip(self.scales, doses)], -1)
 
 @patch
 def expected(self:Policies, lam:Tensor, sigma:float=0.) -> Tensor: # λ (H,) -> (n,)
     "Mean of `scaled` under λ+ε, differentiable in λ"
-    return self.scaled([p.expected(l, sigma) for p,l in zip(self.parts, lam.split(self.sizes))])
+    return self.scaled([p.expected(l, sigma) for p,l in zip(self.parts, lam.split(self.sizes)) if len(p.space)])
 
-# %% ../nbs/02_policy.ipynb #70325e72
+# %% ../nbs/02_policy.ipynb #7957d9f3
 def _global_state(): return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
 
+def _describe(t): return f"{tuple(t.shape)} {t.dtype} on {t.device}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+
+# %% ../nbs/02_policy.ipynb #4654549a
+def _done(policy, lam, x) -> tuple: # (images, doses)
+    "What `policy` does to `x` under `lam`, from a generator of its own"
+    generator = torch.Generator(x.device).manual_seed(0)
+    drawn = policy.draw_under(lam.to(x.device).expand(len(x), -1), generator)
+    return policy.apply(x.clone(), drawn, generator),policy.dose(drawn)
+
+def _check_samples(policy, lam, x) -> bool: # Are the images others, where the dose says so?
+    "Shapes, types and devices of what comes back, and no draw from the global generators"
+    before = _global_state()
+    y,d = _done(policy, lam, x)
+    if _global_state()!=before: raise ValueError(f"{policy.name} draws from a global random generator: draw from the `generator` that it is given")
+    if _describe(y)!=_describe(x): raise ValueError(f"{policy.name} makes {_describe(y)} of {_describe(x)}: keep shape, type and device")
+    if not (isinstance(d, Tensor) and d.dim()==2 and len(d)==len(x) and d.shape[1] and d.is_floating_point() and d.device==x.device):
+        raise ValueError(f"The dose of {policy.name} for {len(x)} samples is {_describe(d)}: give floating-point numbers ({len(x)}, d) on {x.device}")
+    for what,t in (('doses',d),('images',y)):
+        if not t.isfinite().all():
+            raise ValueError(f"{policy.name} gives {what} that are not finite at {policy.space.named(lam)}: keep them so in all of the range")
+    for a,b in zip((y,d), _done(policy, lam, x)):
+        if not torch.equal(a, b): raise ValueError(f"{policy.name} does other things with the same generator: draw all from the `generator` that it is given")
+    return not (torch.equal(y, x) and d.any())
+
+# %% ../nbs/02_policy.ipynb #80a85bf4
+def _check_alone(policy, lam, x, n=20_000):
+    "What is done to a sample knows nothing of the others in its batch"
+    other = torch.cat([x[:-1],1-x[-1:]])
+    same = torch.equal(*(_done(policy, lam, o)[0][:-1] for o in (x,other)))
+    rows = torch.cat([lam.expand(n, -1),(lam+2).expand(n, -1)])
+    a = policy.dose(policy.draw_under(rows, torch.Generator().manual_seed(2)))[:n].detach()
+    b = policy.simulate(lam, 0., n, seed=1).detach()
+    error = 5*((a.var(0)+b.var(0))/n)**0.5 + 1e-5*b.abs().amax(0)
+    if not same or ((a.mean(0)-b.mean(0)).abs() > error).any():
+        raise ValueError(f"What {policy.name} does to a sample depends on the others in its batch: take values, draws and images row by row")
+
+def _bound(policy, data):
+    "`policy` for `data`, a copy"
+    bound = policy.bind(data)
+    if bound is policy or not isinstance(bound, Policy):
+        raise ValueError(f"`bind` of {policy.name} gives {'itself' if bound is policy else f'a {type(bound).__name__}'}: give a copy, as `copy.deepcopy(self)`")
+    return bound
+
+# %% ../nbs/02_policy.ipynb #7b1ce938
 def _check_means(policy, lam, sigma, n=20_000):
     "The mean of the dose is what `expected` says, within five standard errors of both simulations"
-    d = policy.simulate(lam, sigma, n, seed=1).detach()
-    error = d.std(0)*(1/n + 1/4096)**0.5
-    off = (policy.expected(lam, sigma).detach()-d.mean(0)).abs()
+    d,mean = policy.simulate(lam, sigma, n, seed=1).detach(),policy.expected(lam, sigma).detach()
+    if mean.shape!=d.shape[1:]:
+        raise ValueError(f"`expected` of {policy.name} is {_describe(mean)} and its dose has {d.shape[1]} numbers: give as many")
+    if not d.std(0).any(): raise ValueError(f"The dose of {policy.name} is the same for all samples at sigma={sigma}: take a sigma above 0")
+    error,off = d.std(0)*(1/n + 1/4096)**0.5,(mean-d.mean(0)).abs()
     bad = (off > 5*error + 1e-6*d.abs().amax(0)).nonzero().flatten().tolist()
     if bad: raise ValueError(f"`expected` of {policy.name} is {off[bad[0]]:.3g} away from the mean of dose number {bad[0]}, "
         f"which is known to {error[bad[0]]:.2g}: compute the mean of what `dose` returns")
 
-def _check_gradients(policy, lam, sigma):
-    "The mean of the dose moves with every hyperparameter"
-    lam = lam.clone().requires_grad_()
-    mean = policy.expected(lam, sigma)
-    rows = [torch.autograd.grad(m, lam, retain_graph=True)[0] for m in mean] if mean.requires_grad else [torch.zeros_like(lam)]
-    moves = torch.stack(rows).abs().amax(0)
-    for name,m,active in zip(policy.space.names, moves.tolist(), policy.active.tolist()):
-        if not m<float('inf'): raise ValueError(f"The gradient of the expected dose of {policy.name} in {name} is not finite: bound its range")
-        if active and m<1e-6: raise ValueError(f"The expected dose of {policy.name} does not move with {name}: "
-            "give as dose the size of what is done, not its sign, computed from the values without `detach`, comparison or rounding")
+# %% ../nbs/02_policy.ipynb #85e8d069
+def _said(policy, a, b, sigma, w) -> Tensor:
+    "By how much the gradient says that `w`·(mean of the dose) moves from λ = `a` to `b`, by Simpson's rule on five points"
+    total = 0.
+    for t,share in zip((0,0.25,0.5,0.75,1), (1/12,4/12,2/12,4/12,1/12)):
+        lam = a.lerp(b, t).requires_grad_()
+        mean = policy.expected(lam, sigma)@w
+        if mean.requires_grad: total = total + share*torch.autograd.grad(mean, lam)[0]@(b-a)
+    return torch.as_tensor(total)
 
-# %% ../nbs/02_policy.ipynb #a8781af1
-def _check_samples(policy, lam, x):
-    "Shapes, types and devices of what comes back, and no draw from the global generators"
-    before,seed = _global_state(),lambda: torch.Generator(x.device).manual_seed(0)
-    generator = seed()
-    drawn = policy.draw_under(lam.to(x.device).expand(len(x), -1), generator)
-    y,d = policy.apply(x.clone(), drawn, generator),policy.dose(drawn)
-    again = policy(x.clone(), lam.to(x.device).expand(len(x), -1), seed())
-    if _global_state()!=before: raise ValueError(f"{policy.name} draws from a global random generator: draw from the `generator` that it is given")
-    if not torch.equal(y, again): raise ValueError(f"{policy.name} does other things with the same generator: draw all from the `generator` that it is given")
-    if (y.shape,y.dtype,y.device)!=(x.shape,x.dtype,x.device):
-        raise ValueError(f"{policy.name} makes {tuple(y.shape)} {y.dtype} on {y.device} of {tuple(x.shape)} {x.dtype} on {x.device}: keep all three")
-    if d.dim()!=2 or len(d)!=len(x) or not d.is_floating_point() or d.device!=x.device:
-        raise ValueError(f"The dose of {policy.name} for {len(x)} samples is {tuple(d.shape)} {d.dtype} on {d.device}: "
-            f"give floating-point numbers ({len(x)}, d) on {x.device}")
+def _check_gradients(policy, lam, sigma, n=8192):
+    "The mean of the dose moves with every hyperparameter, by more than chance, and as its gradient says"
+    d = policy.simulate(lam, sigma, n).detach()
+    w = torch.randn(d.shape[1], generator=torch.Generator().manual_seed(0))/d.std(0).clamp(min=1e-6)
+    for name,step,active in zip(policy.space.names, torch.eye(len(lam)), policy.active.tolist()):
+        if not active: continue
+        moves = (policy.simulate(lam+step, sigma, n, seed=1)-policy.simulate(lam-step, sigma, n, seed=1)).detach() # the same draws
+        said,known = _said(policy, lam-step, lam+step, sigma, w),5*(moves@w).std()*(1/n + 1/4096)**0.5
+        if not said.isfinite(): raise ValueError(f"The gradient of the expected dose of {policy.name} in {name} is not finite: bound its range")
+        if not said or not (moves.mean(0).abs() > 5*moves.std(0)/n**0.5).any():
+            raise ValueError(f"The expected dose of {policy.name} does not move with {name}: "
+                "give as dose the size of what is done, not its sign, computed from the values without `detach`, comparison or rounding")
+        if (said-(moves@w).mean()).abs() > known + 0.01*said.abs():
+            raise ValueError(f"The expected dose of {policy.name} moves with {name} by {(moves@w).mean()/said:.2f} times what its gradient says: "
+                "compute the dose from the values without comparison or rounding, or write `expected`")
 
+# %% ../nbs/02_policy.ipynb #552b3540
 def check_policy(policy:Policy, channels:int=3, sigma:float=1.):
     "Raise, in one sentence, where `policy` is not one that can be searched"
     if not len(policy.space): raise ValueError(f"{policy.name} has no hyperparameters, so there is nothing to search: use it with PolicyCallback")
-    policy = policy.bind(Data(channels, torch.full((channels,), 0.5)))
-    lam,x = policy.space.start(),torch.rand(16, channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    devices = ['cpu']+['cuda']*torch.cuda.is_available()
-    for images in [x]+[(x*255).byte()]*policy.on_bytes:
-        for device in devices: _check_samples(policy.to(device), lam, images.to(device))
-    policy.to('cpu')
+    policy = _bound(policy, Data(channels, torch.full((channels,), 0.5)))
+    lam,x = policy.space.start(),torch.rand(16, channels, 8, 6, generator=torch.Generator().manual_seed(0))
+    devices,changed = ['cpu']+['cuda']*torch.cuda.is_available(),[]
+    for device in devices[::-1]:
+        policy.to(device)
+        for images in [x,x[:1]]+[(x*255).byte()]*policy.on_bytes:
+            changed += [_check_samples(policy, l, images.to(device)) for l in (lam,lam*0-7,lam*0+7)] # sigmoid(7) = 0.999
+    if not any(changed): raise ValueError(f"`apply` of {policy.name} gives the images as they came, whatever the dose says: return those that it changed")
+    _check_alone(policy, lam, x)
     _check_means(policy, lam, sigma)
     _check_gradients(policy, lam, sigma)

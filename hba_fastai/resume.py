@@ -39,7 +39,7 @@ ARGUMENTS = 'condition centred floor warmup joint decay fast exploit population_
 def described(hba, stream) -> dict:
     "What a search is, in numbers and words"
     learn,arch = hba.learn,getattr(hba.learn, 'arch', None)
-    spaces = {p.name: p.space.of for p in hba.policies.parts}
+    spaces = [(p.name,list(p.space.of.items())) for p in hba.policies.parts] # in their order, which is that of λ
     what = dict(strategy=hba.strategy if isinstance(hba.strategy, str) else 'modules', skip=list(hba.policies.skip), limits=hba.policies.limits,
                 spaces=spaces, start=hba.start.tolist(), **{k: getattr(hba, k) for k in ARGUMENTS})
     model = getattr(arch, '__name__', arch) or type(get_model(learn.model)).__name__

@@ -129,7 +129,8 @@ def _at_the_end(self:Schedule) -> list:
     mean = lambda o,kind: last[groups[o][kind]].mean().item()
     size = lambda o: next((f" m={mean(o,k):.3g}" for k in groups[o] if k=='m'), '')
     by_p = sorted((o for o in groups if 'p' in groups[o] and o not in self.off), key=lambda o: -mean(o,'p'))[:5]
-    return [f"{o} p={mean(o,'p'):.2f}{size(o)}" for o in by_p] + [f"{o}={mean(o,'value'):.3g}" for o in groups if 'value' in groups[o]]
+    name = lambda o,k: o if k=='value' else f'{o}.{k}'
+    return [f"{o} p={mean(o,'p'):.2f}{size(o)}" for o in by_p] + [f"{name(o,k)}={mean(o,k):.3g}" for o in groups if 'p' not in groups[o] for k in groups[o]]
 
 @patch
 def __repr__(self:Schedule):
@@ -235,11 +236,15 @@ def check_policies(self:Schedule, policies):
 def plot(self:Schedule, figsize=(11,6), axs=None):
     "Probability and magnitude (as position in its range) of each operation over the progress, means of the copies"
     import matplotlib.pyplot as plt
-    if axs is None: _,axs = plt.subplots(2, 1, figsize=figsize, sharex=True)
-    position = (self.table-self.space.lo)/(self.space.hi-self.space.lo)
-    for j,(o,kinds) in enumerate(self.space.groups().items()):
-        for kind,columns in kinds.items(): axs[int(kind!='p')].plot(self.progress, position[:,columns].mean(1), label=o, color=plt.cm.tab20(j%20), lw=1.6)
-    for ax,t in zip(axs, ('probability','magnitude, part of its range')): ax.set(ylabel=t, ylim=(0,1), xlim=(0,1))
-    axs[1].set_xlabel('progress of training')
-    for ax in axs[:1] if any('p' in k for k in self.space.groups().values()) else axs[1:]: ax.legend(ncol=5, fontsize=8, frameon=False)
+    groups,position = self.space.groups(),(self.table-self.space.lo)/(self.space.hi-self.space.lo)
+    n = 1+any('p' in kinds for kinds in groups.values()) # without probabilities there is one panel
+    if axs is None: axs = plt.subplots(n, 1, figsize=(figsize[0],figsize[1]*n/2), sharex=True, squeeze=False)[1][:,0]
+    for j,(o,kinds) in enumerate(groups.items()):
+        for kind,columns in kinds.items():
+            look = dict(label=o) if kind=='p' else {} if 'p' in kinds else dict(label=o, ls='--') # what has a probability is named there
+            axs[0 if kind=='p' else -1].plot(self.progress, position[:,columns].mean(1), color=plt.cm.tab20(j%20), lw=1.6, **look)
+    for ax,t in zip(axs[::-1], ('magnitude, part of its range','probability')):
+        ax.set(ylabel=t, ylim=(0,1), xlim=(0,1))
+        if ax.get_legend_handles_labels()[1]: ax.legend(ncol=5, fontsize=8, frameon=False)
+    axs[-1].set_xlabel('progress of training')
     return axs

@@ -234,7 +234,7 @@ def z(self:HBACallback, lam:Tensor) -> Tensor: # λ (H,) -> z (n,)
 def z_batch(self:HBACallback) -> Tensor: # (B,n)
     "z of the batch that was just augmented"
     if self.condition=='lambda': return torch.cat([t.lam_i for t in self.tfms], 1)
-    with torch.no_grad(): return self.bound.scaled([p.dose(t.drawn) for p,t in zip(self.bound.parts, self.tfms)])
+    with torch.no_grad(): return self.bound.scaled([p.dose(t.drawn) for p,t in zip(self.bound.parts, self.tfms) if len(p.space)])
 
 # %% ../nbs/07_search.ipynb #cbd3baac
 @patch

@@ -32,9 +32,10 @@ class Space:
     ):
         self.of = {name: Hyperparameter(*r) for name,r in {**(ranges or {}), **more}.items()}
         for name,h in self.of.items():
-            if not (h.lo<h.hi and 0<h.at<1):
+            if not (float('-inf')<h.lo<h.hi<float('inf') and 0<h.at<1):
                 raise ValueError(f"{name} goes from {h.lo} to {h.hi} and starts at position {h.at}: "
-                    "give a lower and a higher number, and a position between 0 and 1")
+                    "give a lower and a higher number, both finite, and a position between 0 and 1")
+            if name in ('space','rows'): raise ValueError(f"A hyperparameter cannot have the name {name!r}, which `Values` needs for itself: choose another")
         self.names = list(self.of)
         self.ranges = [(h.lo,h.hi) for h in self.of.values()]
         self.lo,self.hi,self.own_start = torch.tensor([h[:3] for h in self.of.values()], dtype=torch.float64).view(-1, 3).unbind(1)

@@ -116,7 +116,10 @@ def policies_in(dls, policies:Policies, lam, sigma:float, generators:dict):
     "Within, the training batches of `dls` are augmented by all of `policies`; gives their `PolicyTransform`s"
     part = lambda i: lambda: lam().split(policies.sizes)[i]
     with ExitStack() as undo:
-        yield [undo.enter_context(policy_in(dls, p, part(i), sigma, generators[p.name])) for i,p in enumerate(policies.parts)]
+        tfms = [undo.enter_context(policy_in(dls, p, part(i), sigma, generators[p.name])) for i,p in enumerate(policies.parts)]
+        on_floats = [t for t in sorted(tfms, key=lambda t: t.order) if t.order>=IntToFloatTensor.order]
+        for t in on_floats[1:]: t.checked = True # what the policy before it made may leave [0,1]
+        yield tfms
 
 # %% ../nbs/06c_transform.ipynb #73c92ba9
 def _augments(t) -> str:
