@@ -42,7 +42,7 @@ def magnitudes(ends:dict, n:int) -> Tensor: # (15,n,2)
     for o,end in ends.items(): t[OP[o]] = torch.stack(bins(o, end, n), -1)
     return t.float()
 
-# %% ../nbs/02c_search_free.ipynb #c0244233
+# %% ../nbs/02c_search_free.ipynb #8886faae
 class SearchFree(Operations):
     "Operations that are drawn from a fixed distribution: a policy without hyperparameters"
     in_pixels = False # Is Translate drawn in pixels, instead of parts of the image?
@@ -67,8 +67,7 @@ def whole_shifts(self:SearchFree, drawn:Draw, h:int, w:int) -> Tensor: # (B,K)
     across,down = (drawn.op==OP[o] for o in ('TranslateX','TranslateY'))
     size = torch.where(across, w, h)
     pixels = drawn.m if self.in_pixels else drawn.m*size
-    whole = (pixels.abs()+1/2000).floor()*pixels.sign()
-    return torch.where(across | down, whole/size, drawn.m)
+    return torch.where(across | down, pixels.trunc()/size, drawn.m)
 
 # %% ../nbs/02c_search_free.ipynb #1a194bcd
 def choice(u:Tensor, n:int) -> Tensor: # Uniform numbers in [0,1) -> whole numbers from 0 to n-1
