@@ -281,3 +281,4 @@ def test_moves_with_its_tables(make):
     assert {b.device.type for b in policy.buffers()}=={'meta'}
     assert all(not b.is_floating_point() for n,b in policy.named_buffers() if n in ('op','choices','level'))
     assert policy.state_dict().keys()=={'fill'}
+    assert not any(isinstance(o, torch.Tensor) for o in vars(policy).values())
