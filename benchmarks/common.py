@@ -49,6 +49,10 @@ def reduced_cifar(seed=0, n_train=4000, n_valid=10_000):
     a,b = i[:n_train],i[n_train:n_train+n_valid]
     return (x[a],y[a]),(x[b],y[b]),d['test']
 
+def small(x, size):
+    "Bytes at `size` pixels"
+    return F.interpolate(x.float(), size, mode='area').round().byte()
+
 # --- Wide-ResNet (Zagoruyko & Komodakis), pre-activation, 1x1 shortcuts
 
 class Block(nn.Module):

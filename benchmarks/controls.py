@@ -12,23 +12,13 @@ from fastai.callback.all import *
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from fastai.vision.augment import RandTransform
 from functools import partial
-from torchvision.transforms import v2
 from common import *
-from planted import small
-from hba_fastai.search import AT,HBACallback,ScheduleCallback,_start
-from hba_fastai.schedule import Schedule
+from hba_fastai.all import AutoAugment,HBACallback,PolicyCallback,RandAugment,Schedule,ScheduleCallback,TrivialAugmentWide
 from hba_fastai.space import ENHANCERS,PBASpace
 
 OUT = RESULTS/'controls'
 TASKS = {'wrn16': (32, lambda: Bfloat16(wrn(16,1))), 'small': (16, lambda: wrn(10,1))}
-
-class PerImage(RandTransform):
-    "A transform of torchvision, drawn for each image"
-    order,split_idx = 9,0 # on bytes, where HBA's policy acts
-    def __init__(self, f): super().__init__(p=1.); self.f = f
-    def encodes(self, x:TensorImage): return torch.stack([self.f(o) for o in x.as_subclass(torch.Tensor)])
 
 # --- PBA's published schedule (format: shared/reference/peers.md, section 3)
 
@@ -71,14 +61,15 @@ def random_like(s, seed):
     u = torch.cat([deal(u[:,:sp.n]),deal(u[:,sp.n:])], 1)
     return Schedule(s.progress, sp.lo+(sp.hi-sp.lo)*u, s.sigma)
 
-fixed = lambda: Schedule([0.], PBASpace().values(_start(AT).double())[None])
+fixed = lambda: Schedule([0.], PBASpace().values(PBASpace().start().double())[None])
 
-ARMS = { # name: what, Cutout?, transform of torchvision
+ARMS = { # name: what, Cutout?, search-free policy, with black holes as torchvision's
   'none': ('no augmentation', False, None), 'flip_crop': ('flip + crop', False, None), 'cutout': ('flip + crop + Cutout', True, None),
-  'autoaugment': ('+ AutoAugment, CIFAR-10 policy', True, lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)),
-  'rand_1_5': ('+ RandAugment(1, 5)', True, lambda: v2.RandAugment(1, 5)),
-  'rand_2_5': ('+ RandAugment(2, 5)', True, lambda: v2.RandAugment(2, 5)), 'rand_2_9': ('+ RandAugment(2, 9)', True, lambda: v2.RandAugment(2, 9)),
-  'trivial': ('+ TrivialAugmentWide', True, v2.TrivialAugmentWide), 'pba': ("+ PBA's published schedule", True, None),
+  'autoaugment': ('+ AutoAugment, CIFAR-10 policy', True, lambda: AutoAugment('cifar10', fill=0.)),
+  'rand_1_5': ('+ RandAugment(1, 5)', True, lambda: RandAugment(1, 5, fill=0.)),
+  'rand_2_5': ('+ RandAugment(2, 5)', True, lambda: RandAugment(2, 5, fill=0.)),
+  'rand_2_9': ('+ RandAugment(2, 9)', True, lambda: RandAugment(2, 9, fill=0.)),
+  'trivial': ('+ TrivialAugmentWide', True, lambda: TrivialAugmentWide(fill=0.)), 'pba': ("+ PBA's published schedule", True, None),
   'fixed': ('+ policy fixed at the start of a search', True, None),
   'hba': ('+ HBA, search', True, None), 'replay': ('+ HBA, its schedule replayed', True, None), 'shuffled': ('+ the same schedule in random order', True, None),
   'random': ('+ random schedule of the same strength', True, None),
@@ -88,7 +79,7 @@ ARMS = { # name: what, Cutout?, transform of torchvision
 def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
     "One training -> its line in the result file"
     size,net = TASKS[task]
-    _,cut,tv = ARMS[arm]
+    _,cut,free = ARMS[arm]
     sets = [(x if size==32 else small(x, size),y) for x,y in reduced_cifar(seed)]
     found = lambda a: Schedule.load(RESULTS/'schedules'/f'{task}_{epochs}ep_{a}_seed{seed}.json')
     search = {'hba': lambda: HBACallback(seed=seed), 'letter': lambda: HBACallback.paper(seed=seed),
@@ -96,9 +87,9 @@ def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
     replay = {'fixed': fixed, 'pba': lambda: pba_schedule(SHARED/'data'/'pba'/'rcifar10_16_wrn.txt'), 'replay': lambda: found('hba'),
               'paper_replay': lambda: found('paper'), 'letter_replay': lambda: found('letter'),
               'shuffled': lambda: shuffled(found('hba'), seed), 'random': lambda: random_like(found('hba'), seed)}.get(arm)
-    cb = search() if search else ScheduleCallback(replay(), seed=seed) if replay else None
+    cb = search() if search else ScheduleCallback(replay(), seed=seed) if replay else PolicyCallback(free(), seed=seed) if free else None
     set_seed(seed if search else seed+1000) # a replay starts from other weights than its search; so do the controls
-    tfms = [Normalize.from_stats(MEAN, STD), *([FlipCrop(size//8)] if arm!='none' else []), *([CutoutTfm()] if cut else []), *([PerImage(tv())] if tv else [])]
+    tfms = [Normalize.from_stats(MEAN, STD), *([FlipCrop(size//8)] if arm!='none' else []), *([CutoutTfm()] if cut else [])]
     learn = Learner(array_dls(*sets, vocab=CLASSES, bs=128, batch_tfms=tfms), net(), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=wd)
     learn.remove_cb(ProgressCallback); learn.logger = quiet
     t = time.process_time()
@@ -108,7 +99,8 @@ def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
         f = RESULTS/'schedules'/f'{task}_{epochs}ep_{arm}_seed{seed}.json'
         f.parent.mkdir(parents=True, exist_ok=True)
         cb.schedule.save(f)
-    return dict(arm=arm, seed=seed, test_error=error_on(learn, learn.dls[2]), valid_error=error_on(learn, learn.dls[1]), cpu_seconds=round(t, 1))
+    return dict(arm=arm, seed=seed, test_error=error_on(learn, learn.dls[2]), valid_error=error_on(learn, learn.dls[1]), cpu_seconds=round(t, 1),
+                **({'drawn': 'batch'} if free else {}))
 
 def table():
     "All results as Markdown: mean and standard error over seeds, and the paired difference from the replayed schedule"
@@ -119,9 +111,10 @@ def table():
         seeds = sorted({s for _,s in rs})
         out += [f"**{task}**, {epochs.removesuffix('ep')} epochs, seeds {', '.join(map(str, seeds))}", '',
                 '| training | test error % | minus that of the replay, paired | CPU s |', '| --- | --- | --- | --- |']
-        for arm,(what,*_) in ARMS.items():
+        for arm,(what,_,free) in ARMS.items():
             r = [rs[arm,s] for s in seeds if (arm,s) in rs]
             if not r: continue
+            if free and not all('drawn' in o for o in r): what += ' (torchvision, image by image)'
             d = [rs[arm,s]['test_error']-rs['replay',s]['test_error'] for s in seeds if (arm,s) in rs and ('replay',s) in rs]
             pm = lambda v,sign='': f'{{:{sign}.2f}} ± {{:.2f}}'.format(*mean_se(v)) if len(v)>1 else f'{v[0]:{sign}.2f}'
             missing = '' if len(r)==len(seeds) else f' ({len(r)} of {len(seeds)} seeds)'

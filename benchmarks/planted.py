@@ -48,8 +48,6 @@ def shifted(x, op, seed):
 
 FILL = torch.tensor(MEAN)
 
-def small(x, size): return F.interpolate(x.float(), size, mode='area').round().byte()
-
 def cifar_sets(seed, size=32):
     a,b,(x,y) = reduced_cifar(seed)
     f = (lambda x: x) if size==32 else (lambda x: small(x, size))

@@ -49,6 +49,12 @@ class Operations(Policy):
         self.bilinear = bilinear
         self.register_buffer('fill', None if fill is None else torch.as_tensor(fill, dtype=torch.float32).clone())
 
+    def bind(self, data:Data):
+        "This policy for images of such data: holes in their mean colour, unless it has its own"
+        policy = super().bind(data)
+        if self.fill is None and data.mean is not None: policy.fill = data.mean.float().clone()
+        return policy
+
     def apply(self, x, drawn, generator=None, inplace=False, dense=None):
         "The images `x` (B,C,H,W), float in [0,1] or bytes, after what was drawn for them; see `apply_ops`"
         if self.fill is None: self.fill = from_levels(to_levels(x), torch.float32).mean((0,2,3)) # once, of the first batch
