@@ -21,7 +21,7 @@ from .optimizer import rates,states
 from .stream import inner_dl
 from .transform import augmentation
 
-# %% ../nbs/06h_resume.ipynb #150bbdc1
+# %% ../nbs/06h_resume.ipynb #e5a37ac6
 def _describe_optimizer(opt) -> str:
     "An optimizer in words: what it does, and its constants"
     inner = getattr(opt, 'opt', opt)
@@ -31,8 +31,8 @@ def _describe_optimizer(opt) -> str:
 
 def _describe_data(dls, stream) -> dict:
     train,vocab = inner_dl(dls.train),L(getattr(dls, 'vocab', []))
-    target = dict(target=stream.what, valid_items=stream.n, target_classes=stream.counts)
-    return dict(**target, train_items=train.n, batch_size=train.bs, classes=[str(o) for o in vocab], augmentation=augmentation(dls))
+    target = dict(valid_items=stream.n, target_classes=stream.counts)
+    return dict(target=stream.what, train_items=train.n, batch_size=train.bs, classes=[str(o) for o in vocab], augmentation=augmentation(dls), **target)
 
 ARGUMENTS = 'condition centred floor warmup joint decay fast exploit population_size T_train T_val sigma hlr'.split()
 

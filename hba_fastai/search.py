@@ -7,15 +7,12 @@ Docs: https://hba-fastai.github.io/hba-fastai/search.html.md"""
 # %% auto #0
 __all__ = ['HBACallback']
 
-# %% ../nbs/07_search.ipynb #9f35e3a8
+# %% ../nbs/07_search.ipynb #ecd41b15
 import warnings,weakref
-from contextlib import nullcontext
 import torch
 from torch import Tensor
 from fastai.basics import *
 from .space import *
-from .policy import Policies
-from .pba import PBAPolicy
 from .hypernet import *
 from .layers import *
 from .exploit import *
@@ -33,7 +30,7 @@ from .clock import *
 from .processes import average
 from . import resume as resuming
 
-# %% ../nbs/07_search.ipynb #d3add124
+# %% ../nbs/07_search.ipynb #87df87d3
 class HBACallback(PolicyCallback):
     "Hypernetwork-Based Augmentation: learn by gradient, within one fit, how strongly each image operation should act at each moment"
     attached,goes_on = False,True # Is the search in place?
@@ -66,9 +63,7 @@ class HBACallback(PolicyCallback):
     ):
         store_attr(but='start,policy,skip,limits')
         check_arguments(self)
-        if policy is not None and (skip or limits): raise ValueError("skip and limits are of PBAPolicy and a policy is given: give them to that")
-        self.policies = Policies(PBAPolicy(skip=skip, limits=limits) if policy is None else policy)
-        if not len(self.policies.space): raise ValueError(f"{self.policies.parts[0].name} has no hyperparameters to search: use it with PolicyCallback")
+        self.policies = searched_policies(policy, skip, limits)
         self.start = self.policies.space.start(start)
         self.forget()
 
@@ -83,8 +78,8 @@ class HBACallback(PolicyCallback):
         geometric operations take the nearest pixel and holes the mean colour (`policy=PBAPolicy(fill, bilinear)`).
         Yours are the SGD of φ (its momentum, and with `wd_bn_bias` whether norms decay), the batches (Algorithm 1 has one size for both kinds,
         as here unless `valid` is a loader), and the transforms behind the policy (4.2: standardization, flip, crop, Cutout)"""
-        own = dict(strategy='first_bn', condition='lambda', centred=False, start=START, floor=None, warmup=0.)
-        return cls(**{**own, **dict(hlr=0.03, joint=False, fast=False), **kwargs})
+        form = dict(strategy='first_bn', condition='lambda', centred=False, joint=False, fast=False)
+        return cls(**{**form, **dict(start=START, floor=None, warmup=0., hlr=0.03), **kwargs})
 
     def before_fit(self):
         "Open the fit; read the checkpoint that it goes on from"
@@ -224,7 +219,7 @@ def begin(self:HBACallback, reason:str):
         if shows and not rank_distrib(): print(f"The search responds in {reason}")
     self.attached = True
 
-# %% ../nbs/07_search.ipynb #4ac305f4
+# %% ../nbs/07_search.ipynb #c5963e06
 @patch
 def z(self:HBACallback, lam:Tensor) -> Tensor: # λ (H,) -> z (n,)
     "What the hyper-layers are conditioned on, at a bare λ"
@@ -236,13 +231,11 @@ def z_batch(self:HBACallback) -> Tensor: # (B,n)
     if self.condition=='lambda': return torch.cat([t.lam_i for t in self.tfms], 1)
     with torch.no_grad(): return self.bound.scaled([p.dose(t.drawn) for p,t in zip(self.bound.parts, self.tfms) if len(p.space)])
 
-# %% ../nbs/07_search.ipynb #cbd3baac
+# %% ../nbs/07_search.ipynb #204b228e
 @patch
 def target_loss(self:HBACallback, b:tuple) -> Tensor:
-    "Loss of the network on a target batch, in the precision of training"
-    n,mp,model = self.dls.n_inp,getattr(self.learn, 'mixed_precision', None),get_model(self.learn.model)
-    with mp.autocast if mp else nullcontext(): loss = self.loss0(to_float(model(*b[:n])) if mp else model(*b[:n]), *b[n:])
-    return loss.as_subclass(Tensor)
+    "What a hyper-step makes smaller on a target batch"
+    return loss_on(self.learn, self.loss0, b)
 
 @patch
 def hyper_step(self:HBACallback):

@@ -6,11 +6,11 @@ Docs: https://hba-fastai.github.io/hba-fastai/target.html.md"""
 
 # %% auto #0
 __all__ = ['FORMS', 'SAME_BATCHES', 'check_valid', 'training_batch', 'check_images', 'check_labels', 'check_batch', 'translate',
-           'count_classes', 'warn_of_missing', 'target_batches']
+           'count_classes', 'warn_of_missing', 'target_batches', 'loss_on']
 
-# %% ../nbs/06b_target.ipynb #7b7b8531
+# %% ../nbs/06b_target.ipynb #25bdd2ac
 import numbers,warnings
-from contextlib import ExitStack,contextmanager
+from contextlib import ExitStack,contextmanager,nullcontext
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -22,12 +22,13 @@ from fastcore.foundation import L
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import get_image_files
+from fastai.torch_core import get_model,to_float
 from fastai.vision.core import TensorImage
 from .balance import hold_out,restricted
 from .items import *
 from .stream import HyperBatches,has_items,inner_dl,labels_of,own_draws,own_loader,stream_of,vocab_of
 
-# %% ../nbs/06b_target.ipynb #f7af9d86
+# %% ../nbs/06b_target.ipynb #73429b9a
 FORMS = ("None for `dls.valid`, a share or a number of training items to hold out, a folder, a list of image files, "
     "a DataLoader or DataLoaders")
 
@@ -59,7 +60,7 @@ def check_valid(valid):
     elif not isinstance(valid, DataLoaders): raise TypeError(f"valid is of type {type(valid).__name__}: use {FORMS}")
     elif not len(valid.loaders): raise ValueError("valid is DataLoaders without a loader: give it one")
 
-# %% ../nbs/06b_target.ipynb #e3ec88de
+# %% ../nbs/06b_target.ipynb #f68b7078
 def training_batch(
     train, # Loader of the Learner
     k:int=16
@@ -73,7 +74,7 @@ def training_batch(
         b = tuple(next(iter(dl)))
     return b,getattr(train.dataset, 'n_inp', vars(train).get('_n_inp') or max(len(b)-1, 1))
 
-# %% ../nbs/06b_target.ipynb #ff549bf4
+# %% ../nbs/06b_target.ipynb #5835557a
 def _kind(x): return 'float' if x.is_floating_point() else str(x.dtype).removeprefix('torch.')
 def _range(x): return x.min().item(),x.max().item()
 def _same_scale(a, b) -> bool:
@@ -82,7 +83,7 @@ def _same_scale(a, b) -> bool:
     width = [hi-lo for lo,hi in (a,b)]
     return unit[0]==unit[1] and (not min(width) or max(width)<20*min(width))
 
-# %% ../nbs/06b_target.ipynb #68088db8
+# %% ../nbs/06b_target.ipynb #8c6353e1
 SAME_BATCHES = "give a loader whose batches are like those of `dls`"
 
 def check_images(x, t, what:str):
@@ -122,7 +123,7 @@ def check_batch(
     for i,(o,p) in enumerate(zip(b, t)):
         if isinstance(p, Tensor): check_images(o, p, what) if i<n_inp else check_labels(o, p, n_classes, what)
 
-# %% ../nbs/06b_target.ipynb #b72b2d93
+# %% ../nbs/06b_target.ipynb #df8174b9
 def _renumbered(new_number, b): return (*b[:-1], new_number.to(b[-1].device)[b[-1].as_subclass(Tensor)].as_subclass(type(b[-1])))
 
 def translate(
@@ -154,7 +155,7 @@ def warn_of_missing(counts:dict|None, what:str):
     if missing: warnings.warn(f"{upper_first(what)} has no image of {len(missing)} of {len(counts)} classes, {first_few(missing)}: "
         "the hyper-steps do not see them")
 
-# %% ../nbs/06b_target.ipynb #6b69dae0
+# %% ../nbs/06b_target.ipynb #89a6c2d9
 def _held_out(train, valid, seed, undo):
     labels,vocab = labels_of(train.dataset),vocab_of(train.dataset)
     keep,out = hold_out(labels, train.n, valid, seed)
@@ -174,7 +175,7 @@ def _files(valid) -> tuple: # (files, the folder that holds them or None, phrase
     if not files: raise ValueError(f"{upper_first(what)} holds no images: give one with a sub-folder per class")
     return files,folder,what
 
-# %% ../nbs/06b_target.ipynb #a8154898
+# %% ../nbs/06b_target.ipynb #56dee06a
 def _a(o): return f"a{'n' if type(o).__name__[0] in 'AEIOU' else ''} {type(o).__name__}"
 def _all(dl): return range(dl.n) if has_items(dl) else None
 
@@ -206,7 +207,7 @@ def _first_batch(stream):
         why = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
         raise ValueError(f"{upper_first(stream.what)} cannot give its first batch ({why}): give one that can be iterated") from e
 
-# %% ../nbs/06b_target.ipynb #a3dad209
+# %% ../nbs/06b_target.ipynb #08cc19bd
 @contextmanager
 def target_batches(
     learn,
@@ -234,3 +235,10 @@ def target_batches(
             warn_of_missing(stream.counts, what)
             warn_of_overlap(train.dataset, dl.dataset, what)
         yield stream
+
+# %% ../nbs/06b_target.ipynb #9ced12bd
+def loss_on(learn, loss_func, b:tuple) -> Tensor: # `b`: a batch of plain tensors
+    "Loss of the plain network on `b`, before anything of the fit that swaps the loss function"
+    n,mp,model = learn.dls.n_inp,getattr(learn, 'mixed_precision', None),get_model(learn.model)
+    with mp.autocast if mp else nullcontext(): loss = loss_func(to_float(model(*b[:n])) if mp else model(*b[:n]), *b[n:])
+    return loss.as_subclass(Tensor)
