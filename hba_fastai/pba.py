@@ -68,6 +68,7 @@ def _check_skip(skip) -> tuple:
 
 class PBAPolicy(Operations):
     "The augmentation policy A(x; λ) of the PBA space: `PBAPolicy()(x, lam)` augments each image under its own λ"
+    copies = 2 # How often each operation is in the space
     def __init__(self,
         fill=None,           # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
         bilinear:bool=False, # Interpolate in the geometric operations; Population Based Augmentation takes the nearest pixel
@@ -75,7 +76,7 @@ class PBAPolicy(Operations):
         limits:dict|None=None # Narrower ranges of magnitudes, see `PBASpace`
     ):
         super().__init__(fill, bilinear)
-        self.space,self.skip = PBASpace(limits=limits),_check_skip(skip)
+        self.space,self.skip = PBASpace(self.copies, limits),_check_skip(skip)
         for name,t in self._constants().items(): self.register_buffer(name, t, persistent=False)
         self.keep = torch.tensor([o not in self.skip for o,_ in self.space.entries]) # (30,) entries that may be applied
 
@@ -108,12 +109,12 @@ def without(self:PBAPolicy, names, why:str) -> PBAPolicy:
     if not new: return self
     if {*self.skip,*new}==set(OP_NAMES): raise ValueError(f"{why}, but `skip` names all the others: take one of them out")
     warnings.warn(f"{why}: {'it is' if len(new)==1 else 'they are'} left out")
-    return PBAPolicy(self.fill, self.bilinear, (*self.skip,*new), self.space.limits)
+    return type(self)(self.fill, self.bilinear, (*self.skip,*new), self.space.limits)
 
 @patch
 def bind(self:PBAPolicy, data:Data) -> PBAPolicy:
     "This policy for images of such data"
-    policy = PBAPolicy(data.mean if self.fill is None else self.fill, self.bilinear, self.skip, self.space.limits)
+    policy = type(self)(data.mean if self.fill is None else self.fill, self.bilinear, self.skip, self.space.limits)
     if data.places: policy = policy.without([*GEOMETRIC,'Cutout'], f"The geometric operations would shift images against their targets ({data.places})")
     if data.channels!=3: policy = policy.without(['Color'], f"Color needs RGB images and these have {data.channels} channels")
     return policy
