@@ -17,7 +17,8 @@ from functools import partial
 from torchvision.transforms import v2
 from common import *
 from planted import small
-from hba_fastai.search import AT,HBACallback,ScheduleCallback,_start
+from hba_fastai.search import HBACallback
+from hba_fastai.replay import ScheduleCallback
 from hba_fastai.schedule import Schedule
 from hba_fastai.space import ENHANCERS,PBASpace
 
@@ -71,7 +72,7 @@ def random_like(s, seed):
     u = torch.cat([deal(u[:,:sp.n]),deal(u[:,sp.n:])], 1)
     return Schedule(s.progress, sp.lo+(sp.hi-sp.lo)*u, s.sigma)
 
-fixed = lambda: Schedule([0.], PBASpace().values(_start(AT).double())[None])
+fixed = lambda: Schedule([0.], PBASpace().values(PBASpace().start().double())[None])
 
 ARMS = { # name: what, Cutout?, transform of torchvision
   'none': ('no augmentation', False, None), 'flip_crop': ('flip + crop', False, None), 'cutout': ('flip + crop + Cutout', True, None),

@@ -131,9 +131,9 @@ class Replay:
     def __init__(self, schedule): self.schedule,self.policy = schedule,PBAPolicy(fill=MEAN)
     def __call__(self, x, pct, g):
         lam = population(self.schedule.lam(pct), self.schedule.sigma, len(x), g, self.policy.active)
-        return self.policy.apply(x, self.policy.draw(lam, g))
+        return self.policy.apply(x, self.policy.draw_under(lam, g))
 
-def start_values(): return Schedule([0.], PBASpace().values(HBACallback().lam.double())[None])
+def start_values(): return Schedule([0.], PBASpace().values(PBASpace().start().double())[None])
 
 POLICIES = {'nothing': lambda: None, 'crop': lambda: crop, 'start': lambda: Replay(start_values()),
             'trivial': lambda: PerImage(v2.TrivialAugmentWide()), 'augmix': lambda: PerImage(v2.AugMix())}
