@@ -112,7 +112,8 @@ def cifar_dls(sets, bs=128, cutout=True, extra=(), device=None):
 
 # --- a look into a fit: probes have `begin` and `end`, which are called around a part of it
 
-clock = time.perf_counter if torch.cuda.is_available() else time.process_time # CPU seconds: another machine on the same host takes nothing from them
+# without a GPU CPU seconds: another machine on the same host takes nothing from them
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 class Seconds:
     "How long each part took"

@@ -1,8 +1,10 @@
-"""How the cost grows: the transform with batch, image size and H; a hyper-step with the number of hyper-layers; a search with the number of hyper-steps.
+"""How the cost grows: the transform with batch, image size and H; a hyper-step with the number of hyper-layers; a search with
+the number of hyper-steps.
 
     python benchmarks/growth.py [--device cpu] [--threads 1]
 
-Ratios to the first entry of each row, all measured in turns in one run; hyper-steps in CPU seconds on a CPU. Writes results/growth_DEVICE.json and .md.
+Ratios to the first entry of each row, all measured in turns in one run; hyper-steps in CPU seconds on a CPU.
+Writes results/growth_DEVICE.json and .md.
 """
 import argparse
 import torch

@@ -1,7 +1,7 @@
-"""Does the search find what it should? A known operation shifts the validation and test images; training images stay as they are.
+"""Does the search find what it should? A known operation shifts validation and test images; training images stay as they are.
 
-    python benchmarks/planted.py --task long --configs default paper --seeds 0 1 2 [--worker 0/2]    # runs what is missing
-    python benchmarks/planted.py --table                                                           # writes results/planted.md
+    python benchmarks/planted.py --task long --configs default paper --seeds 0 1 2 [--worker 0/2] # runs what is missing
+    python benchmarks/planted.py --table                                            # writes results/planted.md
 
 A search recovers the shift when the planted operation, its two copies together, ends with the largest dose of the 15 in the
 policy of the last λ:
@@ -101,7 +101,8 @@ class Variant(HBACallback):
 def times(gain): return lambda policy: gain
 def to_spread(sd): return lambda policy: Policy.scale(policy, 1.)*sd/SPREAD
 
-D = partial(Variant, bare=True, scale=times(1.), start=0.05, floor=0.001, warmup=0., joint=False) # what the package began with
+# D is what the package began with
+D = partial(Variant, bare=True, scale=times(1.), start=0.05, floor=0.001, warmup=0., joint=False)
 B = partial(D, start=(0.05,0.3), floor=0.02)
 S = partial(B, joint=True)
 W = partial(S, warmup=0.3)
@@ -111,14 +112,16 @@ BARE = partial(Variant, bare=True)
 BY_KIND = [30,24] # probabilities, magnitudes
 CONFIGS = { # what it is, what makes it
   'default': ('the defaults of the package: bare, the expectation taken under λ+ε', HBACallback),
-  'best': ('the default, but of 3 sampled λ the best is taken (Eq. 9): about the cost of a gradient', partial(HBACallback, exploit='best')),
+  'best': ('the default, but of 3 sampled λ the best is taken (Eq. 9): about the cost of a gradient',
+           partial(HBACallback, exploit='best')),
   'best10': ('the same, of 10', partial(HBACallback, exploit='best', population_size=10)),
   'best_error': ('the default, but of 3 sampled λ that of the smallest error rate is taken',
                  partial(HBACallback, exploit='best', hyper_loss=error_rate)),
   'bare': ('W, features √5 times as long; the expectation taken at the bare λ, as in all rows below', BARE),
   'letter': ("`HBACallback.paper()`, α' = 0.03", HBACallback.paper),
   'letter_decay': ("the same, φ decayed, α' = 0.03", partial(HBACallback.paper, decay=True)),
-  'paper': ("the paper's form, λ bounded, α' = 0.1", PAPER), 'paper_decay': ("the same, φ decayed, α' = 0.1", partial(PAPER, decay=True)),
+  'paper': ("the paper's form, λ bounded, α' = 0.1", PAPER),
+  'paper_decay': ("the same, φ decayed, α' = 0.1", partial(PAPER, decay=True)),
   'lambda': ('centred, conditioned on λ', partial(D, **LAMBDA)),
   'lambda_w': ('conditioned on λ, else as W', partial(W, **LAMBDA)),
   'dose': ('centred, conditioned on the dose', D),
@@ -167,7 +170,7 @@ def effects(x, values):
     return torch.tensor([both(op, m) for (op,_),m in zip(PBASpace().entries, m)])
 
 def doses(x, lam):
-    "Dose of each operation in the policy of λ: by pixel change, and by severity (0..1; 1 for operations without a magnitude)"
+    "Dose of each operation in the policy of λ: by pixel change, and by severity (0 to 1; 1 for those without a magnitude)"
     policy,sp = PBAPolicy(),PBASpace()
     values = sp.values(lam)
     p = policy.p_applied(lam).double()
@@ -191,7 +194,8 @@ def run(task, config, shift, seed):
     t = time.process_time()-t
     pixel,hard = doses(a[0][:256].float()/255, hba.lam.value.double())
     return dict(shift=shift, seed=seed, pixel=pixel, severity=hard, lam=[round(o, 3) for o in hba.lam.value.tolist()],
-                test_error=error_on(learn, learn.dls[2]), cpu_seconds=round(t, 1), rate=hba.rate, moments=moments(hba).tolist(),
+                test_error=error_on(learn, learn.dls[2]), cpu_seconds=round(t, 1),
+                rate=hba.rate, moments=moments(hba).tolist(),
                 points=[[round(v, 2) for v in l.tolist()] for _,l in hba.points[::max(1, epochs//6)]])
 
 def moments(hba):
@@ -229,8 +233,10 @@ ABOUT = {
     'long': 'CIFAR-10 JPEG at 16 pixels, WRN-10-1 in bfloat16, 4,000 images, 40 epochs (620 hyper-steps without warm-up)',
     'wrn16': 'CIFAR-10 JPEG, WRN-16-1 in bfloat16, 4,000 images, 40 epochs (620 hyper-steps without warm-up)',
     'wrn16_80': 'the same, 80 epochs (1,240 hyper-steps without warm-up)'}
-HEAD = ['configuration','runs','top-1 (95% interval)','top-3 (95% interval)','top-1 by severity','places of the planted operation, per shift',
-        'signal: planted, median (others, 95% quantile)',f'signal of {SIGNAL:g} or more: planted, others','error % on the shifted test set','CPU s']
+HEAD = ['configuration','runs','top-1 (95% interval)','top-3 (95% interval)','top-1 by severity',
+        'places of the planted operation, per shift',
+        'signal: planted, median (others, 95% quantile)',f'signal of {SIGNAL:g} or more: planted, others',
+        'error % on the shifted test set','CPU s']
 
 def signal_cells(rs):
     plant,rest = signals(rs)
@@ -283,6 +289,6 @@ if __name__=='__main__':
             with f.open('a') as o: o.write(json.dumps({**r, 'environment': environment()})+'\n')
             top = sorted(r['pixel'], key=r['pixel'].get, reverse=True)[:3]
             dose = {o: round(r['pixel'][o], 3) for o in top}
-            print(a.task, config, sh, s, 'place', rank(r)+1, dose, f"{r['test_error']:.1f}% {r['cpu_seconds']:.0f}s", flush=True)
+            print(a.task, config, sh, s, 'place', rank(r)+1, dose, f"{r['test_error']:.1f}%", f"{r['cpu_seconds']:.0f}s", flush=True)
             gc.collect() # a Learner is a cycle that holds its images
     OUT.with_suffix('.md').write_text(table())

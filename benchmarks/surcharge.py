@@ -1,4 +1,5 @@
-"""What a search costs: time and memory of a fit with HBACallback ÷ the same fit without it, in one run. Time is CPU seconds on a CPU.
+"""What a search costs: time and memory of a fit with HBACallback ÷ the same fit without it, in one run. Time is CPU seconds
+on a CPU.
 
     python benchmarks/surcharge.py [--models wrn-16-2 resnet18] [--device cpu] [--threads 1]
 
@@ -30,7 +31,8 @@ def learner(model, batches, device, tfms=()):
     images = lambda n: torch.randint(0, 256, (n,3,size,size), dtype=torch.uint8, generator=g).to(device)
     data = lambda n: (images(n),torch.randint(0, 10, (n,), generator=g).to(device))
     torch.manual_seed(0)
-    learn = Learner(cifar_dls([data(bs*batches),data(2*bs)], bs=bs, extra=tfms, device=device), make(), opt_func=partial(SGD, mom=0.9))
+    learn = Learner(cifar_dls([data(bs*batches),data(2*bs)], bs=bs, extra=tfms, device=device), make(),
+                    opt_func=partial(SGD, mom=0.9))
     learn.remove_cb(ProgressCallback); learn.logger = quiet
     return learn
 
@@ -49,7 +51,8 @@ def ratios(model, rounds, batches, device, whole):
     main = {'plain again': lambda: None, 'first_bn': search()}
     if whole: main['the default: first_bn, λ rests in the first 30%'] = lambda: HBACallback(seed=0)
     arms = main if whole else {**main, **{s: search(s) for s in STRATEGIES[1:]},
-                               'first_bn, conditioned on λ': search(condition='lambda'), 'replay': lambda: ScheduleCallback(start, seed=0)}
+                               'first_bn, conditioned on λ': search(condition='lambda'),
+                               'replay': lambda: ScheduleCallback(start, seed=0)}
     seconds(learn); seconds(learn, HBACallback(seed=0)) # warm up
     rows = {k: [] for k in arms}
     for r in range(rounds):
@@ -60,9 +63,11 @@ def ratios(model, rounds, batches, device, whole):
             rows[k].append(2*b/(a+c)) # between two plain fits, so that a drift of the machine cancels
             a = c
     total,transform,steps,hyper = parts(model, batches, device, sync)
-    return dict(ratios={k: dict(ratio=float(np.median(v)), low=min(v), high=max(v), rounds=len(v)) for k,v in rows.items()},
+    spread = lambda v: dict(ratio=float(np.median(v)), low=min(v), high=max(v), rounds=len(v))
+    return dict(ratios={k: spread(v) for k,v in rows.items()},
                 share_of_search=dict(transform=transform/total, forward_backward_step=steps/total, hyper_step=hyper/total),
-                steps=batches, hyper_steps=batches//2, hyper_step_in_training_steps=(hyper/(batches//2))/(steps/batches))
+                steps=batches, hyper_steps=batches//2,
+                hyper_step_in_training_steps=(hyper/(batches//2))/(steps/batches))
 
 def parts(model, batches, device, sync):
     "Seconds of a search, and of its transforms, training steps and hyper-steps"
