@@ -10,14 +10,20 @@ from common import *
 
 WORK = '''
 import sys,time,torch
-from hba_fastai.pba import PBAPolicy
-from hba_fastai.space import PBASpace
-torch.set_num_threads(int(sys.argv[1])); new = sys.argv[2]=='after'
+from hba_fastai import space
+if hasattr(space, 'PBASpace'): from hba_fastai.pba import PBAPolicy
+else: from hba_fastai.policy import PBAPolicy # in earlier commits
+PBASpace = getattr(space, 'PBASpace', space.Space)
+torch.set_num_threads(int(sys.argv[1]))
+new = sys.argv[2]=='after'
 for b,s in ((128,32),(64,224)):
     g = torch.Generator().manual_seed(0)
     u = torch.randint(0, 256, (b,3,s//8,s//8), dtype=torch.uint8, generator=g).repeat_interleave(8,2).repeat_interleave(8,3)
     policy,lam = PBAPolicy(),PBASpace().start(0.05).expand(b,-1)
-    def f(): return policy.apply(u, policy.draw(lam)).float().div_(255) if new else policy.apply(u.float().div_(255), policy.draw(lam), inplace=True)
+    drawn = lambda: policy.draw_under(lam, None) if hasattr(policy, 'draw_under') else policy.draw(lam)
+    def before(): return policy.apply(u.float().div_(255), drawn(), inplace=True)
+    def after(): return policy.apply(u, drawn()).float().div_(255)
+    f = after if new else before
     for _ in range(3): f()
     n,t = 0,time.perf_counter()
     while time.perf_counter()-t<1: f(); n += 1

@@ -67,8 +67,7 @@ def apart(a, b):
     weights = ((norms[0]-norms[1]).norm()/norms[1].norm()).item()
     return dict(schedule=schedule, weights=weights, test_error=abs(a['test_error']-b['test_error']))
 
-def all_runs(jitter=0., seeds=SEEDS):
-    return [measured(t, s, seed, jitter) for t in TASKS for s in SETTINGS for seed in seeds]
+def all_runs(jitter=0.): return [measured(t, s, seed, jitter) for t in TASKS for s in SETTINGS for seed in SEEDS]
 
 def of(task, setting, runs): return [r for r in runs if r['task']==task and r['setting']==setting]
 

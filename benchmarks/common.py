@@ -1,7 +1,6 @@
 "What the benchmarks share: CIFAR-10 as JPEG in memory, Wide-ResNet, baseline augmentation, result files"
-import datetime,io,json,os,platform,sys,tarfile
+import datetime,io,json,os,platform,sys,tarfile,time
 from pathlib import Path
-from unittest import mock
 import numpy as np, torch
 from PIL import Image
 from fastai.callback.core import Callback,CancelValidException
@@ -11,6 +10,7 @@ from torch import nn
 import torch.nn.functional as F
 from hba_fastai.data import array_dls
 from hba_fastai.pixels import hole_lines
+from hba_fastai.search import HBACallback
 
 HERE = Path(__file__).resolve().parent
 
@@ -114,6 +114,44 @@ def cifar_dls(sets, bs=128, cutout=True, extra=(), device=None):
     tfms = [Normalize.from_stats(MEAN, STD), FlipCrop(), *([CutoutTfm()] if cutout else []), *extra]
     return array_dls(*sets, vocab=CLASSES, bs=bs, batch_tfms=tfms, device=device)
 
+# --- a look into a fit: probes have `begin` and `end`, which are called around a part of it
+
+# without a GPU CPU seconds: another machine on the same host takes nothing from them
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+
+class Seconds:
+    "How long each part took"
+    def __init__(self, sync): self.sync,self.took = sync,[]
+    def begin(self): self.sync(); self.t = clock()
+    def end(self): self.sync(); self.took.append(clock()-self.t)
+
+class Mark(RandTransform):
+    "Calls `f` for each training batch, at its place among the batch transforms"
+    split_idx = 0
+    def __init__(self, f, order): super().__init__(p=1.); self.f,self.order = f,order
+    def before_call(self, b, split_idx):
+        if len(b[0])>2: self.f() # a search looks at two items before it begins
+
+def around_policy(probe):
+    "Batch transforms around a policy that acts on bytes"
+    return [Mark(probe.begin, 8.5),Mark(probe.end, 9.5)]
+
+def around_step(probe):
+    "Callbacks around forward, backward and optimizer of each training batch"
+    begin,end = Callback(before_batch=lambda self: probe.begin()),Callback(after_batch=lambda self: probe.end())
+    begin.order,end.order = 1000,-1000 # behind all others, before all others
+    return [begin,end]
+
+class Watched(HBACallback):
+    "A search with a probe around each hyper-step"
+    def __init__(self, probe, *args, **kwargs):
+        super().__init__(*args, seed=0, warmup=0., **kwargs)
+        self.probe = probe
+    def hyper_step(self):
+        self.probe.begin()
+        super().hyper_step()
+        self.probe.end()
+
 # --- results
 
 def quiet(row): pass
@@ -121,11 +159,6 @@ def quiet(row): pass
 class NoValid(Callback):
     "No validation after each epoch: it costs as much as the training of 4,000 images and would hide the ratio of the times"
     def before_validate(self): raise CancelValidException
-
-def around(cls, name, call):
-    "Within, the method runs as `call(method, *args, **kwargs)`"
-    f = getattr(cls, name)
-    return mock.patch.object(cls, name, lambda *a, **k: call(f, *a, **k))
 
 def error_on(learn, dl):
     "Error in percent of the model on `dl`"

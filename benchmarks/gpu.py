@@ -11,7 +11,6 @@ import argparse,time,traceback
 import torch
 from unittest import mock
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.optimizer import SGD
@@ -20,8 +19,6 @@ from common import *
 from hba_fastai import ops
 from hba_fastai.search import HBACallback
 from hba_fastai.pba import PBAPolicy
-from hba_fastai.transform import PolicyTransform
-from surcharge import timed
 
 def milliseconds(f, device, n=30):
     "Median milliseconds of `f` by device events"
@@ -45,10 +42,10 @@ def one_size(device, size, b):
     image = lambda *shape: torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     u,big,policy = image(b,3,size,size),image(2**28 if device=='cuda' else 2**20),PBAPolicy().to(device)
     lam = policy.space.start().to(device).expand(b,-1)
-    drawn = policy.draw(lam)
-    r = dict(size=size, batch=b, draw=milliseconds(lambda: policy.draw(lam), device),
+    drawn = policy.draw_under(lam, None)
+    r = dict(size=size, batch=b, draw=milliseconds(lambda: policy.draw_under(lam, None), device),
              fused=milliseconds(lambda: policy.apply(u, drawn), device))
-    with mock.patch.object(ops, 'fused', lambda *a: False):
+    with mock.patch.object(ops, 'fused', lambda *a: False): # by mock: no user has a reason to do without the kernels
         r['eager'] = milliseconds(lambda: policy.apply(u, drawn, dense=True), device)
     r['copy_gb_s'] = 2e-6*big.numel()/milliseconds(big.clone, device)
     kernel = one_kernel(u, drawn)
@@ -66,56 +63,65 @@ def one_kernel(u, drawn):
 
 # --- synchronisations
 
-def strict(f):
-    """`f`, in which every synchronisation of the host is an error
+class Strict:
+    """A probe, within which every synchronisation of the host is an error
     (fastai's own Recorder waits for the loss after each batch, outside of it)"""
-    def g(*a, **k):
-        torch.cuda.set_sync_debug_mode('error')
-        try: return f(*a, **k)
-        finally: torch.cuda.set_sync_debug_mode('default')
-    return g
+    def __init__(self): self.n = 0
+    def begin(self): torch.cuda.set_sync_debug_mode('error')
+    def end(self):
+        torch.cuda.set_sync_debug_mode('default')
+        self.n += 1
+    def around(self, f):
+        self.begin()
+        try: f()
+        finally: self.end()
+
+class StrictSearch(Watched):
+    "A search whose own part of each training step and hyper-step is within `Strict`"
+    def __init__(self):
+        super().__init__(Strict())
+        self.own = Strict()
+    def before_batch(self): self.own.around(super().before_batch)
+    def before_backward(self): self.own.around(super().before_backward)
+    def after_backward(self): self.own.around(super().after_backward)
+    def after_step(self): self.own.around(super().after_step)
+    def hyper_step(self):
+        self.stream.peek() # the loader is the user's
+        super().hyper_step()
 
 def synchronisations(device, data):
     "The parts of a training step and of a hyper-step that are ours, where a synchronisation is an error"
-    learn,hba,done = learner(device, data),HBACallback(seed=0, warmup=0.),[]
-    learn.fit(1, 0.01, cbs=[NoValid(), hba]) # the first batch of a search looks at the images once
-    def apply(*a, inner=PBAPolicy.apply, **k): done.append('transform'); return strict(inner)(*a, **k)
-    with mock.patch.multiple(PBAPolicy, apply=apply, draw=strict(PBAPolicy.draw)):
-        for n in ('before_batch','before_backward','after_backward','after_step'):
-            setattr(hba, n, strict(getattr(hba, n)))
-        step = hba.hyper_step
-        def hyper_step():
-            b = next(hba.stream) # the loader is the user's
-            done.append('hyper')
-            with mock.patch.object(type(hba.stream), '__next__', lambda self: b): strict(step)()
-        hba.hyper_step = hyper_step
-        learn.fit(1, 0.01, cbs=[NoValid(), hba])
-    return dict(transforms=done.count('transform'), hyper_steps=done.count('hyper'))
+    learner(device, data).fit(1, 0.01, cbs=[NoValid(), HBACallback(seed=0, warmup=0.)]) # warm up and compile
+    transform = Strict()
+    learn,hba = learner(device, data, tfms=around_policy(transform)),StrictSearch()
+    try: learn.fit(1, 0.01, cbs=[NoValid(), hba])
+    finally: torch.cuda.set_sync_debug_mode('default')
+    return dict(transforms=transform.n, hyper_steps=hba.probe.n)
 
 # --- a whole search
 
-def learner(device, data, amp=True):
-    learn = Learner(cifar_dls(data, bs=128, device=device), wrn(40,2).to(memory_format=torch.channels_last),
+def learner(device, data, tfms=()):
+    learn = Learner(cifar_dls(data, bs=128, extra=tfms, device=device), wrn(40,2).to(memory_format=torch.channels_last),
                     opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=0.005)
     learn.remove_cb(ProgressCallback); learn.logger = quiet
-    if amp: learn.add_cb(MixedPrecision(amp_mode='bf16') if device=='cuda' else Callback())
+    if device=='cuda': learn.add_cb(MixedPrecision(amp_mode='bf16'))
     return learn
 
 def end_to_end(device, data, epochs):
     "Seconds of a whole search, of the plain training, and the parts"
     sync,few = torch.cuda.synchronize if device=='cuda' else (lambda: None),max(epochs//10, 1)
     search = lambda: HBACallback(seed=0, warmup=0.)
-    def fit(n, *cbs):
-        learn = learner(device, data)
+    def fit(n, *cbs, tfms=()):
+        learn = learner(device, data, tfms)
         sync(); t = time.perf_counter()
         learn.fit(n, 0.05, cbs=[NoValid(), *cbs])
         sync(); return time.perf_counter()-t
     fit(2, search()) # warm up and compile
     plain = fit(few)*epochs/few
-    with timed(PolicyTransform, '__call__', sync) as tr,timed(HBACallback, 'hyper_step', sync) as hy:
-        t = fit(few, search())
-    timers = {'search, with timers': t*epochs/few, 'share of the transform': sum(tr)/t,
-              'share of the hyper-steps': sum(hy)/t}
+    transform,hyper = Seconds(sync),Seconds(sync)
+    t = fit(few, Watched(hyper), tfms=around_policy(transform))
+    timers = {'search, with timers': t*epochs/few, 'share of the transform': sum(transform.took)/t,
+              'share of the hyper-steps': sum(hyper.took)/t}
     return {'plain': plain, **timers, 'search': fit(epochs, search()), 'epochs': epochs}
 
 # --- the table

@@ -1,33 +1,34 @@
-"""Does the search find what it should? A known operation shifts the validation and test images; training images stay as they are.
+"""Does the search find what it should? A known operation shifts validation and test images; training images stay as they are.
 
-    python benchmarks/planted.py --task long --configs default paper --seeds 0 1 2 [--worker 0/2]    # runs what is missing
-    python benchmarks/planted.py --table                                                           # writes results/planted.md
+    python benchmarks/planted.py --task long --configs default paper --seeds 0 1 2 [--worker 0/2] # runs what is missing
+    python benchmarks/planted.py --table                                            # writes results/planted.md
 
-A search recovers the shift when the planted operation, its two copies together, ends with the largest dose of the 15 in the policy of the last λ:
+A search recovers the shift when the planted operation, its two copies together, ends with the largest dose of the 15 in the
+policy of the last λ:
 
-    dose(o) = Σ_copies P(copy is applied) · Δ_o(magnitude),   Δ_o(m) = mean |o(x; m) - x| over 256 training images, pixels and channels in [0,1], both signs
+    dose(o) = Σ_copies P(copy is applied) · Δ_o(magnitude)
+    Δ_o(m) = mean |o(x; m) - x| over 256 training images, pixels and channels in [0,1], both signs
 
-Each run appends one line to results/planted/TASK/CONFIG.jsonl. Seconds are CPU seconds of a process with one thread, so that runs may go side by side.
+Each run appends one line to results/planted/TASK/CONFIG.jsonl. Seconds are CPU seconds of a process with one thread, so that
+runs may go side by side.
 """
 import argparse,gc,time
 import torch
-from torch import nn
 import torch.nn.functional as F
 from fastai.callback.all import *
 from fastai.learner import Learner
+from fastai.metrics import error_rate
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from functools import partial
-from unittest import mock
 from common import *
-import hba_fastai.search as hba_callback
-import hba_fastai.transform as hba_transform
 from hba_fastai.search import HBACallback
-from hba_fastai.evidence import SIGNAL
+from hba_fastai.evidence import SIGNAL,signal
 from hba_fastai.session import digits_net
 from hba_fastai.data import digits
 from hba_fastai.ops import OPS,OP_NAMES
-from hba_fastai.pba import PBAPolicy
+from hba_fastai.pba import GAIN,PBAPolicy
+from hba_fastai.policy import SPREAD,Policy
 from hba_fastai.space import GEOMETRIC,TABLE7,PBASpace
 
 OUT = RESULTS/'planted'
@@ -35,8 +36,10 @@ OUT = RESULTS/'planted'
 # --- tasks and shifts
 
 # share of the images, magnitudes between; signed for the geometric operations
-SHIFTS = {'Invert': (0.5,None), 'Rotate': (1,(0,30)), 'TranslateX': (1,(0,0.3)), 'TranslateY': (1,(0,0.3)), 'ShearX': (1,(0,0.3)), 'ShearY': (1,(0,0.3)), 'Color': (1,(0.1,0.4)),
-          'Contrast': (1,(0.1,0.4)), 'Brightness': (1,(0.1,0.4)), 'Solarize': (0.5,(64,192))}
+SHIFTS = {
+    'Invert': (0.5,None), 'Solarize': (0.5,(64,192)), 'Rotate': (1,(0,30)),
+    'TranslateX': (1,(0,0.3)), 'TranslateY': (1,(0,0.3)), 'ShearX': (1,(0,0.3)), 'ShearY': (1,(0,0.3)),
+    'Color': (1,(0.1,0.4)), 'Contrast': (1,(0.1,0.4)), 'Brightness': (1,(0.1,0.4))}
 
 def shifted(x, op, seed):
     "Images (N,3,h,w) uint8, a share of them changed by `op` at magnitudes drawn for each"
@@ -44,7 +47,9 @@ def shifted(x, op, seed):
     m = torch.zeros(n) if span is None else torch.rand(n, generator=g)*(span[1]-span[0])+span[0]
     if op in GEOMETRIC: m = torch.where(torch.rand(n, generator=g)<0.5, -m, m)
     on = torch.rand(n, generator=g)<share
-    return torch.cat([torch.where(k[:,None,None,None], (OPS[op](o.float()/255, mm, fill=FILL)*255).round().byte(), o) for o,mm,k in zip(x.split(500), m.split(500), on.split(500))])
+    change = lambda x, m: (OPS[op](x.float()/255, m, fill=FILL)*255).round().byte()
+    parts = zip(*[o.split(500) for o in (x,m,on)])
+    return torch.cat([torch.where(k[:,None,None,None], change(part, m), part) for part,m,k in parts])
 
 FILL = torch.tensor(MEAN)
 
@@ -72,106 +77,98 @@ TASKS = { # sets, network, batch, epochs, learning rate, weight decay, shifts, p
 
 class Variant(HBACallback):
     "`HBACallback` with what was tried and did not become an option"
-    def __init__(self, travel=None, b1=0.9, antithetic=False, hyper_bs=None, gain=hba_callback.GAIN, decay=False, whiten=None, by_kind=False, bare=False, **kwargs):
-        super().__init__(decay=decay, **kwargs)
-        self.travel,self.b1,self.antithetic,self.hyper_bs,self.whiten,self.by_kind = travel,b1,antithetic,hyper_bs,whiten,by_kind
-        self.bare = bare and self.condition=='dose'
-        self.scale = None if whiten else gain/hba_callback.GAIN if self.condition=='dose' else 1.
+    def __init__(self, bare=False, scale=None, groups=None, **kwargs):
+        self.bare,self.scale,self.groups = bare,scale,groups
+        super().__init__(**kwargs)
 
-    def attach(self):
-        super().attach()
-        if self.travel: self.rate = self.travel/(self.n_epoch*len(self.dls.train)//self.T_train*self.T_val)
-        if self.hyper_bs:
-            self.stream.bs = self.stream.dl.bs = self.hyper_bs
-            self.stream.go_to(0, 0)
+    def insert(self, policies, lam):
+        "With `scale`, a function of a policy: what its dose is multiplied by"
+        if self.scale: policies.scales = [self.scale(p) for p in policies.parts]
+        super().insert(policies, lam)
 
     def z(self, lam):
-        "With `bare`: the mean dose at the bare λ. With `whiten`: features in units of their standard deviation at the start, times `whiten`"
-        z = hba_callback.GAIN*self.policy.expected(lam) if self.bare else super().z(lam)
-        if self.scale is None:
-            g = torch.Generator().manual_seed(0)
-            many = lam.detach() + self.sigma*torch.randn(20_000, len(lam), generator=g)
-            sd = (hba_callback.GAIN*self.policy.features(self.policy.draw(many, g)) if self.condition=='dose' else many).std(0)
-            self.scale = torch.where(sd>1e-6, self.whiten/sd, 0)
-        return z*self.scale
+        "With `bare`: the mean dose at the bare λ"
+        return self.bound.expected(lam) if self.bare else super().z(lam)
 
-    def _z_batch(self):
-        ref = self.ref if self.centred else 0
-        return (super()._z_batch()+ref)*self.scale-ref
+    def new_lam(self):
+        "With `groups`: sizes of the groups that share a second moment"
+        lam = super().new_lam()
+        lam.groups = self.groups or lam.groups
+        return lam
 
-    def hyper_step(self):
-        adam = partial(adam_by_kind if self.by_kind else hba_callback.adam, b1=self.b1)
-        with mock.patch.object(hba_callback, 'adam', adam): super().hyper_step()
+def times(gain): return lambda policy: gain
+def to_spread(sd): return lambda policy: Policy.scale(policy, 1.)*sd/SPREAD
 
-def adam_by_kind(lam, g, state, lr, joint, b1=0.9, b2=0.999):
-    "Adam with one second moment for the probabilities and one for the magnitudes"
-    m,v,t = state
-    m,v,t = m.lerp(g, 1-b1),v.lerp(g*g, 1-b2),t+1
-    u = torch.cat([o.mean().expand(len(o)) for o in (v[:30],v[30:])])
-    return lam - lr*(m/(1-b1**t)) / ((u/(1-b2**t)).sqrt()+1e-12),(m,v,t),g.isfinite().all()
-
-def pairs(lam, sigma, n, generator, active):
-    "As `population`, in pairs +ε and -ε"
-    e = torch.randn((n+1)//2, len(lam), generator=generator)
-    return lam + sigma*active*torch.cat([e,-e])[:n]
-
-FIRST = dict(centred=True, start=0.05, floor=0.001, warmup=0., joint=False, gain=1., bare=True) # what the package began with
-D = {**FIRST, 'condition': 'dose'}
-B = {**D, 'start': (0.05,0.3), 'floor': 0.02}
-S = {**B, 'joint': True}
-W = {**S, 'warmup': 0.3}
-PAPER = {**FIRST, 'condition': 'lambda', 'centred': False}
-LETTER = {**PAPER, 'strategy': 'first_bn', 'fast': False, 'floor': None, 'hlr': 0.03}
-BARE = {'bare': True}
-CONFIGS = { # what it is, arguments
-  'default': ('the defaults of the package: bare, the expectation taken under λ+ε', {}),
+# D is what the package began with
+D = partial(Variant, bare=True, scale=times(1.), start=0.05, floor=0.001, warmup=0., joint=False)
+B = partial(D, start=(0.05,0.3), floor=0.02)
+S = partial(B, joint=True)
+W = partial(S, warmup=0.3)
+LAMBDA = dict(condition='lambda', bare=False, scale=None)
+PAPER = partial(HBACallback.paper, hlr=None, floor=0.001, fast=True)
+BARE = partial(Variant, bare=True)
+BY_KIND = [30,24] # probabilities, magnitudes
+CONFIGS = { # what it is, what makes it
+  'default': ('the defaults of the package: bare, the expectation taken under λ+ε', HBACallback),
+  'best': ('the default, but of 3 sampled λ the best is taken (Eq. 9): about the cost of a gradient',
+           partial(HBACallback, exploit='best')),
+  'best10': ('the same, of 10', partial(HBACallback, exploit='best', population_size=10)),
+  'best_error': ('the default, but of 3 sampled λ that of the smallest error rate is taken',
+                 partial(HBACallback, exploit='best', hyper_loss=error_rate)),
   'bare': ('W, features √5 times as long; the expectation taken at the bare λ, as in all rows below', BARE),
-  'letter': ("`HBACallback.paper()`, α' = 0.03", LETTER), 'letter_decay': ("the same, φ decayed, α' = 0.03", {**LETTER, 'decay': True}),
-  'paper': ("the paper's form, λ bounded, α' = 0.1", PAPER), 'paper_decay': ("the same, φ decayed, α' = 0.1", {**PAPER, 'decay': True}),
-  'lambda': ('centred, conditioned on λ', {**FIRST, 'condition': 'lambda'}),
-  'lambda_w': ('conditioned on λ, else as W', {**W, 'condition': 'lambda'}),
+  'letter': ("`HBACallback.paper()`, α' = 0.03", HBACallback.paper),
+  'letter_decay': ("the same, φ decayed, α' = 0.03", partial(HBACallback.paper, decay=True)),
+  'paper': ("the paper's form, λ bounded, α' = 0.1", PAPER),
+  'paper_decay': ("the same, φ decayed, α' = 0.1", partial(PAPER, decay=True)),
+  'lambda': ('centred, conditioned on λ', partial(D, **LAMBDA)),
+  'lambda_w': ('conditioned on λ, else as W', partial(W, **LAMBDA)),
   'dose': ('centred, conditioned on the dose', D),
-  'white': ('dose, features scaled to a standard deviation of 0.3', {**D, 'whiten': 0.3}),
-  'white1': ('dose, features scaled to a standard deviation of 1', {**D, 'whiten': 1.}),
-  'shared': ('dose, joint second moment', {**D, 'joint': True}),
+  'white': ('dose, features scaled to a standard deviation of 0.3', partial(D, scale=to_spread(0.3))),
+  'white1': ('dose, features scaled to a standard deviation of 1', partial(D, scale=to_spread(1.))),
+  'shared': ('dose, joint second moment', partial(D, joint=True)),
   'm3_floor': ('B: dose, magnitudes start at 0.3, floor 0.02', B),
-  'white_m3_floor': ('B, features scaled to 0.3', {**B, 'whiten': 0.3}),
-  'm3_floor_kind': ('B, a second moment for probabilities and one for magnitudes', {**B, 'by_kind': True}),
+  'white_m3_floor': ('B, features scaled to 0.3', partial(B, scale=to_spread(0.3))),
+  'm3_floor_kind': ('B, a second moment for probabilities and one for magnitudes', partial(B, groups=BY_KIND)),
+  'white_m3_floor_kind': ('the same, features scaled to 0.3', partial(B, groups=BY_KIND, scale=to_spread(0.3))),
   'm3_floor_shared': ('S: B with joint second moment', S),
-  'S_bn': ('S, all batch norms', {**S, 'strategy': 'bn'}),
-  'S_conv1bn1': ('S, first convolution and first batch norm', {**S, 'strategy': 'first_conv+first_bn'}),
-  'S_p1_f05': ('S, probabilities start at 0.1, floor 0.05', {**S, 'start': (0.1,0.3), 'floor': 0.05}),
-  'S_warm': ('S, warm-up 0.2', {**S, 'warmup': 0.2}), 'W5': ('S, warm-up 0.5', {**S, 'warmup': 0.5}),
+  'white_m3_floor_shared': ('S, features scaled to 0.3', partial(S, scale=to_spread(0.3))),
+  'S_bn': ('S, all batch norms', partial(S, strategy='bn')),
+  'S_conv1bn1': ('S, first convolution and first batch norm', partial(S, strategy='first_conv+first_bn')),
+  'S_p1_f05': ('S, probabilities start at 0.1, floor 0.05', partial(S, start=(0.1,0.3), floor=0.05)),
+  'S_warm': ('S, warm-up 0.2', partial(S, warmup=0.2)), 'W5': ('S, warm-up 0.5', partial(S, warmup=0.5)),
   'W': ('W: S, warm-up 0.3', W),
-  'W_bn': ('W, all batch norms', {**W, 'strategy': 'bn'}),
-  'W_first_conv': ('W, first convolution', {**W, 'strategy': 'first_conv'}),
-  'W_conv+bn': ('W, all convolutions and batch norms', {**W, 'strategy': 'conv+bn'}),
-  'W_white': ('W, features scaled to 0.3', {**W, 'whiten': 0.3}),
-  'W_hbs4': ('W, hyper-batches of 512', {**W, 'hyper_bs': 512}),
-  'W_b97': ('W, first moment over 30 steps', {**W, 'b1': 0.97}),
-  'W_t20': ('W, hyper learning rate 20/steps', {**W, 'travel': 20}),
-  'W_s05': ('W, σ = 0.5', {**W, 'sigma': 0.5}), 'W_s2': ('W, σ = 2', {**W, 'sigma': 2.}),
-  'W_T1': ('W, a hyper-step after every step', {**W, 'T_train': 1}),
-  'W_pairs': ('W, ε in pairs +ε, -ε', {**W, 'antithetic': True}),
-  'gain10': ('bare, features √10 times as long', {**BARE, 'gain': 10**0.5}), 'gain25': ('bare, features 5 times as long', {**BARE, 'gain': 5.}),
-  'bn': ('bare, all batch norms', {**BARE, 'strategy': 'bn'}), 'first_conv': ('bare, first convolution', {**BARE, 'strategy': 'first_conv'}),
-  'conv': ('bare, all convolutions', {**BARE, 'strategy': 'conv'}), 'conv+bn': ('bare, all convolutions and batch norms', {**BARE, 'strategy': 'conv+bn'}),
-  's05': ('bare, σ = 0.5', {**BARE, 'sigma': 0.5}), 's2': ('bare, σ = 2', {**BARE, 'sigma': 2.}),
-  'T1': ('bare, a hyper-step after every step', {**BARE, 'T_train': 1})}
+  'W_bn': ('W, all batch norms', partial(W, strategy='bn')),
+  'W_first_conv': ('W, first convolution', partial(W, strategy='first_conv')),
+  'W_conv+bn': ('W, all convolutions and batch norms', partial(W, strategy='conv+bn')),
+  'W_white': ('W, features scaled to 0.3', partial(W, scale=to_spread(0.3))),
+  'W_hbs4': ('W, hyper-batches of 512', None),
+  'W_b97': ('W, first moment over 30 steps', None),
+  'W_t20': ('W, hyper learning rate 20/steps', partial(W, hlr=20/150)), # digits
+  'W_s05': ('W, σ = 0.5', partial(W, sigma=0.5)), 'W_s2': ('W, σ = 2', partial(W, sigma=2.)),
+  'W_T1': ('W, a hyper-step after every step', partial(W, T_train=1)),
+  'W_pairs': ('W, ε in pairs +ε, -ε', None),
+  'gain10': ('bare, features √10 times as long', partial(BARE, scale=times(10**0.5*GAIN))),
+  'gain25': ('bare, features 5 times as long', partial(BARE, scale=times(5*GAIN))),
+  'bn': ('bare, all batch norms', partial(BARE, strategy='bn')),
+  'first_conv': ('bare, first convolution', partial(BARE, strategy='first_conv')),
+  'conv': ('bare, all convolutions', partial(BARE, strategy='conv')),
+  'conv+bn': ('bare, all convolutions and batch norms', partial(BARE, strategy='conv+bn')),
+  's05': ('bare, σ = 0.5', partial(BARE, sigma=0.5)), 's2': ('bare, σ = 2', partial(BARE, sigma=2.)),
+  'T1': ('bare, a hyper-step after every step', partial(BARE, T_train=1))}
+RUNNABLE = [c for c,(_,make) in CONFIGS.items() if make] # of the others the results are kept, and the code is gone
 
 # --- one run
 
 def effects(x, values):
     "Mean absolute change of pixels (30,) by each entry of the space at its magnitude"
-    sp,out = PBASpace(),[]
-    m = F.pad(values.float(), (0,1))[PBAPolicy().column]
-    for i,(op,_) in enumerate(sp.entries):
-        signs = (-1,1) if op in GEOMETRIC else (1,)
-        out.append(sum((OPS[op](x, torch.full((len(x),), s*m[i].item()), centre=torch.rand(len(x),2, generator=torch.Generator().manual_seed(0)), fill=FILL)-x).abs().mean().item() for s in signs)/len(signs))
-    return torch.tensor(out)
+    m = F.pad(values.float(), (0,1))[PBAPolicy().column].tolist()
+    centre = torch.rand(len(x), 2, generator=torch.Generator().manual_seed(0))
+    def effect(op, m): return (OPS[op](x, torch.full((len(x),), m), centre=centre, fill=FILL)-x).abs().mean().item()
+    both = lambda op, m: (effect(op, -m) + effect(op, m))/2 if op in GEOMETRIC else effect(op, m)
+    return torch.tensor([both(op, m) for (op,_),m in zip(PBASpace().entries, m)])
 
 def doses(x, lam):
-    "Dose of each operation in the policy of λ: by pixel change, and by severity (0..1; 1 for operations without a magnitude)"
+    "Dose of each operation in the policy of λ: by pixel change, and by severity (0 to 1; 1 for those without a magnitude)"
     policy,sp = PBAPolicy(),PBASpace()
     values = sp.values(lam)
     p = policy.p_applied(lam).double()
@@ -187,15 +184,22 @@ def run(task, config, shift, seed):
     if shift!='none': b,c = ((shifted(x, shift, seed+k), y) for k,(x,y) in ((1,b),(2,c)))
     set_seed(seed)
     tfms = [Normalize.from_stats(MEAN, STD), FlipCrop(pad, flip=task!='digits')]
-    learn = Learner(array_dls(a, b, c, vocab=CLASSES, bs=bs, batch_tfms=tfms), net(), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=wd)
+    dls = array_dls(a, b, c, vocab=CLASSES, bs=bs, batch_tfms=tfms)
+    learn = Learner(dls, net(), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=wd)
     learn.remove_cb(ProgressCallback); learn.logger = quiet
-    hba,t = Variant(seed=seed, **CONFIGS[config][1]),time.process_time()
-    with mock.patch.object(hba_transform, 'population', pairs if hba.antithetic else hba_transform.population):
-        learn.fit(epochs, lr, cbs=[ParamScheduler({'lr': SchedCos(lr, 0.)}), NoValid(), hba])
+    hba,t = CONFIGS[config][1](seed=seed),time.process_time()
+    learn.fit(epochs, lr, cbs=[ParamScheduler({'lr': SchedCos(lr, 0.)}), NoValid(), hba])
     t = time.process_time()-t
-    pixel,hard = doses(a[0][:256].float()/255, hba.lam.double())
-    return dict(shift=shift, seed=seed, pixel=pixel, severity=hard, lam=[round(o, 3) for o in hba.lam.tolist()], test_error=error_on(learn, learn.dls[2]), cpu_seconds=round(t, 1),
-                rate=hba.rate, moments=hba.moments.tolist(), points=[[round(v, 2) for v in l.tolist()] for _,l in hba.points[::max(1, epochs//6)]])
+    pixel,hard = doses(a[0][:256].float()/255, hba.lam.value.double())
+    return dict(shift=shift, seed=seed, pixel=pixel, severity=hard, lam=[round(o, 3) for o in hba.lam.value.tolist()],
+                test_error=error_on(learn, learn.dls[2]), cpu_seconds=round(t, 1),
+                rate=hba.rate, moments=moments(hba).tolist(),
+                points=[[round(v, 2) for v in l.tolist()] for _,l in hba.points[::max(1, epochs//6)]])
+
+def moments(hba):
+    "Number, sum and sum of squares (3,H) of the hypergradients"
+    g = hba.lam.gradients()
+    return torch.stack([torch.full_like(hba.lam.value, len(g)),g.sum(0),(g*g).sum(0)])
 
 def rank(r, kind='pixel'):
     "Place of the planted operation among the doses, 0 for the largest"
@@ -212,45 +216,62 @@ def wilson(k, n, z=1.96):
     return mid-half,mid+half
 
 def signals(rs):
-    "`signal` of `HBACallback.report` of the planted operation, and of the others"
+    "`signal` of the planted operation, and of the others, in the runs that had hypergradients"
     plant,rest = [],[]
     for r in rs:
-        _,g,g2 = np.array(r['moments'])
-        z = -(g[:15]+g[15:30]) / np.sqrt(2*(g2[:15]+g2[15:30])+1e-30)
-        for o,v in zip(OP_NAMES, z): (plant if o==r['shift'] else rest).append(v)
+        n,total,squares = torch.tensor(r['moments'], dtype=torch.float64)
+        of = signal(total, squares, PBASpace()) if n.any() else {}
+        for o,v in of.items(): (plant if o==r['shift'] else rest).append(v)
     return np.array(plant),np.array(rest)
 
-ABOUT = {'digits': 'digits, 16 pixels, a network of three convolutions, 500 images, 30 epochs (150 hyper-steps without warm-up)',
-         'cifar16': 'CIFAR-10 JPEG at 16 pixels, WRN-10-1, 4,000 images, 20 epochs (310 hyper-steps)', 'cifar': 'CIFAR-10 JPEG, WRN-10-1, 4,000 images, 30 epochs (465 hyper-steps)',
-         'long': 'CIFAR-10 JPEG at 16 pixels, WRN-10-1 in bfloat16, 4,000 images, 40 epochs (620 hyper-steps without warm-up)',
-         'wrn16': 'CIFAR-10 JPEG, WRN-16-1 in bfloat16, 4,000 images, 40 epochs (620 hyper-steps without warm-up)',
-         'wrn16_80': 'the same, 80 epochs (1,240 hyper-steps without warm-up)'}
+ABOUT = {
+    'digits': 'digits, 16 pixels, a network of three convolutions, 500 images, 30 epochs (150 hyper-steps without warm-up)',
+    'cifar16': 'CIFAR-10 JPEG at 16 pixels, WRN-10-1, 4,000 images, 20 epochs (310 hyper-steps)',
+    'cifar': 'CIFAR-10 JPEG, WRN-10-1, 4,000 images, 30 epochs (465 hyper-steps)',
+    'long': 'CIFAR-10 JPEG at 16 pixels, WRN-10-1 in bfloat16, 4,000 images, 40 epochs (620 hyper-steps without warm-up)',
+    'wrn16': 'CIFAR-10 JPEG, WRN-16-1 in bfloat16, 4,000 images, 40 epochs (620 hyper-steps without warm-up)',
+    'wrn16_80': 'the same, 80 epochs (1,240 hyper-steps without warm-up)'}
+HEAD = ['configuration','runs','top-1 (95% interval)','top-3 (95% interval)','top-1 by severity',
+        'places of the planted operation, per shift',
+        'signal: planted, median (others, 95% quantile)',f'signal of {SIGNAL:g} or more: planted, others',
+        'error % on the shifted test set','CPU s']
+
+def signal_cells(rs):
+    plant,rest = signals(rs)
+    if not len(plant): return 'no gradients',''
+    return (f'{np.median(plant):.1f} ({np.quantile(rest, 0.95):.1f})',
+            f'{np.mean(plant>=SIGNAL):.2f}, {np.mean(rest>=SIGNAL):.2f}')
+
+def row(task, config, rs):
+    "Cells of one configuration"
+    what,make = CONFIGS[config]
+    k,n = [rank(r)+1 for r in rs],len(rs)
+    seen = [s for s in TASKS[task][6] if any(r['shift']==s for r in rs)]
+    if len(seen)<len(TASKS[task][6]): what += f" ({', '.join(seen)} alone)"
+    if make is None: what += ' (its code is gone)'
+    share = lambda j: '{:.2f} ({:.2f}, {:.2f})'.format(sum(p<=j for p in k)/n, *wilson(sum(p<=j for p in k), n))
+    by = ' '.join(f"{s}:{','.join(str(p) for p,r in zip(k, rs) if r['shift']==s)}" for s in seen)
+    severity = f"{np.mean([rank(r, 'severity')==0 for r in rs]):.2f}"
+    error,seconds = (np.mean([r[o] for r in rs]) for o in ('test_error','cpu_seconds'))
+    return [what,n,share(1),share(3),severity,by,*signal_cells(rs),f'{error:.1f}',f'{seconds:.0f}']
 
 def table():
     "All results as Markdown"
     out = []
     for task,about in ABOUT.items():
         if not (OUT/task).exists(): continue
-        out += [f'**{task}**: {about}; shifts: {", ".join(TASKS[task][6])}.', '', f'| configuration | runs | top-1 (95% interval) | top-3 (95% interval) | top-1 by severity | places of the planted operation, per shift | signal: planted, median (others, 95% quantile) | signal of {SIGNAL:g} or more: planted, others | error % on the shifted test set | CPU s |', '| --- '*10+'|']
-        for c,(what,_) in CONFIGS.items():
-            rs = read(task, c)
-            if len(rs)<8: continue
-            k,n = [rank(r)+1 for r in rs],len(rs)
-            seen = [s for s in TASKS[task][6] if any(r['shift']==s for r in rs)]
-            if len(seen)<len(TASKS[task][6]): what += f" ({', '.join(seen)} alone)"
-            share = lambda j: '{:.2f} ({:.2f}, {:.2f})'.format(sum(p<=j for p in k)/n, *wilson(sum(p<=j for p in k), n))
-            by = ' '.join(f"{s}:{','.join(str(p) for p,r in zip(k, rs) if r['shift']==s)}" for s in seen)
-            plant,rest = signals(rs)
-            out.append(f"| {what} | {n} | {share(1)} | {share(3)} | {sum(rank(r, 'severity')==0 for r in rs)/n:.2f} | {by} | {np.median(plant):.1f} ({np.quantile(rest, 0.95):.1f}) | {np.mean(plant>=SIGNAL):.2f}, {np.mean(rest>=SIGNAL):.2f} | "
-                       f"{np.mean([r['test_error'] for r in rs]):.1f} | {np.mean([r['cpu_seconds'] for r in rs]):.0f} |")
-        e = rs[-1]['environment'] if (rs:=read(task, next(c for c in CONFIGS if read(task, c)))) else {}
+        runs = {c: read(task, c) for c in CONFIGS}
+        rows = [row(task, c, rs) for c,rs in runs.items() if len(rs)>=8]
+        e = next(rs for rs in runs.values() if rs)[-1]['environment']
+        out += [f'**{task}**: {about}; shifts: {", ".join(TASKS[task][6])}.', '']
+        out += [f"| {' | '.join(map(str, o))} |" for o in (HEAD, ['---']*len(HEAD), *rows)]
         out += ['', f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
     return '\n'.join(out)
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
     ap.add_argument('--task', default='cifar16', choices=list(TASKS))
-    ap.add_argument('--configs', nargs='+', default=['default','paper'], choices=list(CONFIGS))
+    ap.add_argument('--configs', nargs='+', default=['default','paper'], choices=RUNNABLE)
     ap.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     ap.add_argument('--shifts', nargs='+')
     ap.add_argument('--worker', default='0/1', help='which part of the runs: this process / number of processes')
@@ -265,6 +286,7 @@ if __name__=='__main__':
             f.parent.mkdir(parents=True, exist_ok=True)
             with f.open('a') as o: o.write(json.dumps({**r, 'environment': environment()})+'\n')
             top = sorted(r['pixel'], key=r['pixel'].get, reverse=True)[:3]
-            print(a.task, config, sh, s, 'place', rank(r)+1, [(o, round(r['pixel'][o],3)) for o in top], f"{r['test_error']:.1f}% {r['cpu_seconds']:.0f}s", flush=True)
+            dose = {o: round(r['pixel'][o], 3) for o in top}
+            print(a.task, config, sh, s, 'place', rank(r)+1, dose, f"{r['test_error']:.1f}%", f"{r['cpu_seconds']:.0f}s", flush=True)
             gc.collect() # a Learner is a cycle that holds its images
     OUT.with_suffix('.md').write_text(table())

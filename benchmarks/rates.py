@@ -24,7 +24,7 @@ from fastai.layers import ConvLayer
 from fastai.torch_core import params,set_seed
 from fastcore.foundation import L
 from common import *
-from planted import doses,rank,shifted,signals,small
+from planted import doses,moments,rank,shifted,signals,small
 from hba_fastai.search import HBACallback
 from hba_fastai.data import digits
 from hba_fastai.layers import executed
@@ -113,8 +113,10 @@ class Rates(HBACallback):
     def attach(self):
         super().attach()
         if self.remedy=='default': return
-        share = (1. if self.opt.frozen_idx else self.warmup) if 'w' in self.remedy else self.warmup*(self.done==0)
-        self.wait = self.done + share*self.learn.n_epoch # a warm-up for each fit, or for the first alone, as it was
+        share,done = self.warmup,self.course.done
+        if 'w' in self.remedy and self.opt.frozen_idx: share = 1.
+        if 'w' not in self.remedy and done: share = 0.
+        self.clock.wait = done + share*self.learn.n_epoch # a warm-up for each fit, or for the first alone, as it was
         self.moved = self._moved()
         frozen = [p for p in self.moved if not p.requires_grad]
         for p in frozen: p.requires_grad_()
@@ -122,12 +124,12 @@ class Rates(HBACallback):
 
     def _moved(self):
         "The parameters that the remedy moves"
-        phi = [p for p,_ in self.hnet.params]
+        phi = [p for p,_ in self.net.params]
         if 'a' in self.remedy: return []
         if 'b' in self.remedy: return phi
         if 'd' in self.remedy: return list(self.opt.param_lists[0])
         layers = [r.layer for r in executed(self.learn.model, (torch.zeros(2,3,16,16),))]
-        last = max(i for i,m in enumerate(layers) if any(m is h.layer for h in self.hnet.layers))
+        last = max(i for i,m in enumerate(layers) if any(m is h.layer for h in self.net.layers))
         return phi + [p for m in layers[:last+1] for p in m.parameters()]
 
     def before_step(self):
@@ -156,11 +158,12 @@ def run(task, flow, remedy, seed, shifts, quick=False):
 
 def found(hba, x, shift):
     "What a search found: the three operations with the largest doses, place and signal of the planted one"
-    out = dict(hyper_steps=int(hba.moments[0].max()))
+    out = dict(hyper_steps=len(hba.lam.gradients()))
     if shift=='none' or not out['hyper_steps']: return out
-    pixel,_ = doses(x[:256].float()/255, hba.lam.double())
-    plant,_ = signals([dict(shift=shift, moments=hba.moments.tolist())])
-    return dict(out, place=rank(dict(shift=shift, pixel=pixel))+1, signal=round(float(plant[0]), 2), top=sorted(pixel, key=pixel.get, reverse=True)[:3])
+    pixel,_ = doses(x[:256].float()/255, hba.lam.value.double())
+    plant,_ = signals([dict(shift=shift, moments=moments(hba).tolist())])
+    top = sorted(pixel, key=pixel.get, reverse=True)[:3]
+    return dict(out, place=rank(dict(shift=shift, pixel=pixel))+1, signal=round(float(plant[0]), 2), top=top)
 
 # --- results
 

@@ -15,12 +15,14 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from functools import partial
 from common import *
-from hba_fastai.search import HBACallback,ScheduleCallback
+from hba_fastai.search import HBACallback
+from hba_fastai.replay import ScheduleCallback
 
 OUT = RESULTS/'reduced_cifar'
 
 def train(seed, epochs, cbs=None, cutout=True, depth=16, width=1, lr=0.05, wd=0.005, device=None):
-    "One training as in Table 8: SGD with momentum 0.9, cosine to zero, not validated on the way. Returns the Learner, its errors in percent and its seconds"
+    """One training as in Table 8: SGD with momentum 0.9, cosine to zero, not validated on the way.
+    Returns the Learner, its errors in percent and its seconds"""
     set_seed(seed)
     dls = cifar_dls(reduced_cifar(seed), cutout=cutout, device=device)
     learn = Learner(dls, wrn(depth, width), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=wd) # weight decay as L2, as in the paper

@@ -1,50 +1,45 @@
-"""What a search costs: time and memory of a fit with HBACallback ÷ the same fit without it, in one run. Time is CPU seconds on a CPU.
+"""What a search costs: time and memory of a fit with HBACallback ÷ the same fit without it, in one run. Time is CPU seconds
+on a CPU.
 
     python benchmarks/surcharge.py [--models wrn-16-2 resnet18] [--device cpu] [--threads 1]
 
-Plain fits and searches of the same few batches alternate, and the ratio is the median over rounds, with its spread; attaching and detaching are part of a fit. Also a torch.profiler
-profile of one training step, one transform and one hyper-step, and the peak of memory (see `peak`). Writes results/surcharge_DEVICE.json and .md.
+Plain fits and searches of the same few batches alternate, and the ratio is the median over rounds, with its spread; attaching and
+detaching are part of a fit. Also a torch.profiler profile of one training step, one transform and one hyper-step, and the peak of
+memory (see `peak`). Writes results/surcharge_DEVICE.json and .md.
 """
-import argparse,itertools,time
-from contextlib import contextmanager
+import argparse
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.optimizer import SGD
+from fastcore.foundation import L
 from functools import partial
+from torchvision.models import resnet18
 from common import *
-from hba_fastai.search import HBACallback,ScheduleCallback,PolicyTransform
+from hba_fastai.search import HBACallback
+from hba_fastai.replay import ScheduleCallback
 from hba_fastai.schedule import Schedule
 from hba_fastai.space import PBASpace
 
-MODELS = {'wrn-16-2': (lambda: wrn(16,2), 32, 128), 'resnet18': (None, 64, 64)} # network, image size, batch
+MODELS = { # network, image size, batch
+    'wrn-16-2': (lambda: wrn(16,2), 32, 128),
+    'resnet18': (lambda: resnet18(num_classes=10), 64, 64)}
 STRATEGIES = ['first_bn','first_conv','bn','conv','conv+bn']
 
-def learner(model, batches, device):
-    make,size,bs = MODELS[model]
-    from torchvision.models import resnet18
-    n,g = bs*batches,torch.Generator().manual_seed(0)
-    data = lambda n: (torch.randint(0, 256, (n,3,size,size), dtype=torch.uint8, generator=g).to(device),torch.randint(0, 10, (n,), generator=g).to(device))
+def learner(model, batches, device, tfms=()):
+    (make,size,bs),g = MODELS[model],torch.Generator().manual_seed(0)
+    images = lambda n: torch.randint(0, 256, (n,3,size,size), dtype=torch.uint8, generator=g).to(device)
+    data = lambda n: (images(n),torch.randint(0, 10, (n,), generator=g).to(device))
     torch.manual_seed(0)
-    learn = Learner(cifar_dls([data(n),data(2*bs)], bs=bs, device=device), make() if make else resnet18(num_classes=10), opt_func=partial(SGD, mom=0.9))
+    learn = Learner(cifar_dls([data(bs*batches),data(2*bs)], bs=bs, extra=tfms, device=device), make(),
+                    opt_func=partial(SGD, mom=0.9))
     learn.remove_cb(ProgressCallback); learn.logger = quiet
     return learn
 
-@contextmanager
-def timed(cls, name, sync):
-    "The seconds of each call of a method"
-    took = []
-    def call(f, *a, **k):
-        sync(); t = clock()
-        try: return f(*a, **k)
-        finally: sync(); took.append(clock()-t)
-    with around(cls, name, call): yield took
-
-clock = time.perf_counter if torch.cuda.is_available() else time.process_time # CPU seconds: another machine on the same host takes nothing from them
-
-def seconds(learn, cb=None, sync=lambda: None):
+def seconds(learn, cbs=None, sync=lambda: None):
+    "Of one fit"
     sync(); t = clock()
-    learn.fit(1, 1e-3, cbs=[NoValid(), *([cb] if cb else [])])
+    learn.fit(1, 1e-3, cbs=[NoValid(), *L(cbs)])
     sync(); return clock()-t
 
 def ratios(model, rounds, batches, device, whole):
@@ -55,7 +50,9 @@ def ratios(model, rounds, batches, device, whole):
     search = lambda *a, **k: lambda: HBACallback(*a, seed=0, warmup=0., **k)
     main = {'plain again': lambda: None, 'first_bn': search()}
     if whole: main['the default: first_bn, λ rests in the first 30%'] = lambda: HBACallback(seed=0)
-    arms = main if whole else {**main, **{s: search(s) for s in STRATEGIES[1:]}, 'first_bn, conditioned on λ': search(condition='lambda'), 'replay': lambda: ScheduleCallback(start, seed=0)}
+    arms = main if whole else {**main, **{s: search(s) for s in STRATEGIES[1:]},
+                               'first_bn, conditioned on λ': search(condition='lambda'),
+                               'replay': lambda: ScheduleCallback(start, seed=0)}
     seconds(learn); seconds(learn, HBACallback(seed=0)) # warm up
     rows = {k: [] for k in arms}
     for r in range(rounds):
@@ -65,22 +62,32 @@ def ratios(model, rounds, batches, device, whole):
             b,c = seconds(learn, cb(), sync),seconds(learn, sync=sync)
             rows[k].append(2*b/(a+c)) # between two plain fits, so that a drift of the machine cancels
             a = c
-    with timed(PolicyTransform, '__call__', sync) as tr,timed(HBACallback, 'hyper_step', sync) as hy,timed(Learner, '_do_one_batch', sync) as st:
-        total = seconds(learn, HBACallback(seed=0, warmup=0.), sync)
-    transform,hyper,steps = map(sum, (tr, hy, st))
-    return dict(ratios={k: dict(ratio=float(np.median(v)), low=min(v), high=max(v), rounds=len(v)) for k,v in rows.items()},
-                share_of_search=dict(transform=transform/total, forward_backward_step=steps/total, hyper_step=hyper/total), steps=batches, hyper_steps=batches//2,
+    total,transform,steps,hyper = parts(model, batches, device, sync)
+    spread = lambda v: dict(ratio=float(np.median(v)), low=min(v), high=max(v), rounds=len(v))
+    return dict(ratios={k: spread(v) for k,v in rows.items()},
+                share_of_search=dict(transform=transform/total, forward_backward_step=steps/total, hyper_step=hyper/total),
+                steps=batches, hyper_steps=batches//2,
                 hyper_step_in_training_steps=(hyper/(batches//2))/(steps/batches))
 
-@contextmanager
-def profiled(cls, name, at, device):
-    "The `torch.profiler.profile` of call number `at` of a method, in a list"
-    P,out,n = torch.profiler,[],itertools.count(1)
-    def call(f, *a, **k):
-        if next(n)!=at: return f(*a, **k)
-        with P.profile(activities=[P.ProfilerActivity.CPU, *([P.ProfilerActivity.CUDA] if device=='cuda' else [])]) as p: r = f(*a, **k)
-        out.append(p); return r
-    with around(cls, name, call): yield out
+def parts(model, batches, device, sync):
+    "Seconds of a search, and of its transforms, training steps and hyper-steps"
+    probes = transform,step,hyper = [Seconds(sync) for _ in range(3)]
+    learn = learner(model, batches, device, around_policy(transform))
+    seconds(learn) # warm up
+    transform.took.clear()
+    return [seconds(learn, [*around_step(step), Watched(hyper)], sync), *(sum(p.took) for p in probes)]
+
+class Profiler:
+    "A probe: the `torch.profiler.profile` of part number `at`"
+    def __init__(self, at, device):
+        P = torch.profiler
+        self.at,self.n = at,0
+        self.p = P.profile(activities=[P.ProfilerActivity.CPU, *([P.ProfilerActivity.CUDA] if device=='cuda' else [])])
+    def begin(self):
+        self.n += 1
+        if self.n==self.at: self.p.start()
+    def end(self):
+        if self.n==self.at: self.p.stop()
 
 def longest(prof, device, n=9):
     "The calls with the most time of their own, in parts of all"
@@ -91,35 +98,51 @@ def longest(prof, device, n=9):
 
 def profile(model, device):
     "Where the time of one training step, of the transform of its batch and of one hyper-step goes"
-    learn = learner(model, 8, device)
-    with profiled(Learner, '_do_one_batch', 6, device) as a,profiled(PolicyTransform, '__call__', 6, device) as b,profiled(HBACallback, 'hyper_step', 3, device) as c: seconds(learn, HBACallback(seed=0, warmup=0.))
-    return {k: longest(p[0], device) for k,p in (('training step (forward, backward, optimizer)',a), ('policy transform',b), ('hyper-step',c))}
+    probes = step,transform,hyper = Profiler(6, device),Profiler(6, device),Profiler(3, device)
+    seconds(learner(model, 8, device, around_policy(transform)), [*around_step(step), Watched(hyper)])
+    names = 'training step (forward, backward, optimizer)','policy transform','hyper-step'
+    return {k: longest(o.p, device) for k,o in zip(names, probes)}
+
+class Held:
+    "A probe: the most bytes that tensors kept for a backward pass hold within a part"
+    def __init__(self): self.held,self.most = {},0
+    def keep(self, t):
+        s = t.untyped_storage()
+        self.held[s.data_ptr()] = s.nbytes()
+        return t
+    def begin(self): self.held.clear()
+    def end(self): self.most = max(self.most, sum(self.held.values()))
 
 def peak(model, strategy, batches, device):
-    "MiB of one fit at its peak: allocated on the GPU; on a CPU, where the memory of a process is mostly noise of the allocator, the tensors kept for one backward pass (weights among them), gradients and momentum"
-    learn,cbs = learner(model, batches, device),[NoValid(), *([HBACallback(strategy, seed=0, warmup=0.)] if strategy!='plain' else [])]
+    """MiB of one fit at its peak: allocated on the GPU; on a CPU, where the memory of a process is mostly noise of the allocator,
+    the tensors kept for one backward pass (weights among them), gradients and momentum"""
+    learn,held = learner(model, batches, device),Held()
+    cbs = [*around_step(held), *([Watched(held, strategy)] if strategy!='plain' else [])]
     if device=='cuda':
         torch.cuda.reset_peak_memory_stats()
-        learn.fit(1, 1e-3, cbs=cbs)
+        seconds(learn, cbs)
         return torch.cuda.max_memory_allocated()/2**20
-    held,most = {},[]
-    def keep(t): held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
-    def fresh(f, *a, **k): held.clear(); f(*a, **k); most.append(sum(held.values()))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),around(Learner, '_do_one_batch', fresh),around(HBACallback, 'hyper_step', fresh): learn.fit(1, 1e-3, cbs=cbs)
-    return (max(most) + 2*sum(p.numel()*p.element_size() for p in learn.model.parameters()))/2**20
+    with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda t: t): seconds(learn, cbs)
+    return (held.most + 2*sum(p.numel()*p.element_size() for p in learn.model.parameters()))/2**20
 
-def table(d):
-    rows = []
-    for m,r in d['models'].items():
-        rows += [f'**{m}**, images of {MODELS[m][1]} pixels, batch {MODELS[m][2]}','','| fit | time ÷ plain (lowest, highest; rounds) | memory ÷ plain |','| --- | --- | --- |']
-        for k,v in r['ratios'].items():
-            mem = r.get('memory', {}).get(k)
-            rows.append('| {} | {:.2f} ({:.2f}, {:.2f}; {}) | {} |'.format(k, v['ratio'], v['low'], v['high'], v['rounds'], '{:.2f}'.format(mem/r['memory']['plain']) if mem else ''))
-        s = r['share_of_search']
-        rows += ['', f"Of a search with first_bn the policy transform takes {s['transform']:.1%}, forward, backward and optimizer {s['forward_backward_step']:.1%}, the hyper-steps {s['hyper_step']:.1%}; "
-                     f"a hyper-step takes {r['hyper_step_in_training_steps']:.2f} of a training step.", *(['', '| profile of one | ms | of which |', '| --- | --- | --- |'] if 'profile' in r else []),
-                 *[f"| {k} | {v['total_ms']:.1f} | {', '.join(f'{n} {t:.0%} ({c})' for n,t,c in v['top'])} |" for k,v in r.get('profile', {}).items()], '']
-    return '\n'.join([*rows, footer(d['environment']), ''])
+def rows_of(model, r):
+    "Lines of the table of one model"
+    rows = [f'**{model}**, images of {MODELS[model][1]} pixels, batch {MODELS[model][2]}', '',
+            '| fit | time ÷ plain (lowest, highest; rounds) | memory ÷ plain |','| --- | --- | --- |']
+    for k,v in r['ratios'].items():
+        mem = r.get('memory', {}).get(k)
+        memory = f"{mem/r['memory']['plain']:.2f}" if mem else ''
+        rows.append(f"| {k} | {v['ratio']:.2f} ({v['low']:.2f}, {v['high']:.2f}; {v['rounds']}) | {memory} |")
+    s = r['share_of_search']
+    rows += ['', f"Of a search with first_bn the policy transform takes {s['transform']:.1%}, "
+                 f"forward, backward and optimizer {s['forward_backward_step']:.1%}, the hyper-steps {s['hyper_step']:.1%}; "
+                 f"a hyper-step takes {r['hyper_step_in_training_steps']:.2f} of a training step."]
+    if 'profile' in r: rows += ['', '| profile of one | ms | of which |', '| --- | --- | --- |']
+    for k,v in r.get('profile', {}).items():
+        rows.append(f"| {k} | {v['total_ms']:.1f} | {', '.join(f'{n} {t:.0%} ({c})' for n,t,c in v['top'])} |")
+    return [*rows, '']
+
+def table(d): return '\n'.join([*(l for m,r in d['models'].items() for l in rows_of(m, r)), footer(d['environment']), ''])
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
@@ -128,7 +151,8 @@ if __name__=='__main__':
     ap.add_argument('--threads', type=int, default=1)
     ap.add_argument('--rounds', type=int, default=5)
     ap.add_argument('--batches', type=int, default=12)
-    ap.add_argument('--whole', action='store_true', help='only the default, with so many batches that the rest of λ at the start counts as in a whole fit; to results/surcharge_whole_DEVICE')
+    ap.add_argument('--whole', action='store_true', help='only the default, with so many batches that the rest of λ at the start counts '
+                    'as in a whole fit; to results/surcharge_whole_DEVICE')
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
     d = dict(models={}, rounds=a.rounds, batches=a.batches)

@@ -28,9 +28,9 @@ def contenders(b, s, device):
     out = {'copy of the float batch': x.clone, 'copy of the bytes': u.clone}
     for name,at in (('start λ',0.05),('λ = 0',0.5)):
         l,y = lam(at),x.clone()
-        out[f'ours, bytes, {name}'] = lambda l=l: policy.apply(u, policy.draw(l))
-        out[f'ours, float in place, {name}'] = lambda l=l,y=y: policy.apply(y, policy.draw(l), inplace=True)
-        out[f'ours, float, {name}'] = lambda l=l: policy.apply(x, policy.draw(l))
+        out[f'ours, bytes, {name}'] = lambda l=l: policy.apply(u, policy.draw_under(l, None))
+        out[f'ours, float in place, {name}'] = lambda l=l,y=y: policy.apply(y, policy.draw_under(l, None), inplace=True)
+        out[f'ours, float, {name}'] = lambda l=l: policy.apply(x, policy.draw_under(l, None))
     if device!='cpu': return out
     pil,ra = [to_pil_image(o) for o in u],v2.RandAugment(2)
     out['torchvision RandAugment(2), PIL, per image'] = lambda: [ra(o) for o in pil]

@@ -6,7 +6,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/ops.html.md"""
 
 # %% auto #0
 __all__ = ['TABLE', 'RANK', 'PORTION', 'OPS', 'Plan', 'plan', 'on_samples', 'by_kernel', 'spans', 'put', 'image_tables',
-           'tables_of_statistics', 'portions', 'apply_ops', 'OP_NAMES', 'OP']
+           'tables_of_statistics', 'fused_slot', 'portions', 'apply_ops', 'OP_NAMES', 'OP']
 
 # %% ../nbs/01c_ops.ipynb #8acbd6ba
 from functools import partial
@@ -108,7 +108,7 @@ def _slot(v, op, m, row, col, hole_row, hole_col, fill, at):
     v = on(v, names=['Sharpness'], f=lambda w,take: sharpness(w, take(m)))
     return on(v, names=['Cutout'], f=lambda w,take: cutout(w, take(hole_row), take(hole_col), fill))
 
-def _fused(v, op, m, row, col, hole_row, hole_col, fill):
+def fused_slot(v, op, m, row, col, hole_row, hole_col, fill):
     "The same by the `kernels`"
     t = tables_of_statistics(op, m, *statistics(v, op), v.shape[2:].numel())
     return operate(v, op, m, t, row, col, hole_row, hole_col, fill)
@@ -170,7 +170,7 @@ def apply_ops(
 def _on_all(v, todo, fill):
     "Carry out a plan (B,K) on all images, without asking the device which have an operation"
     for slot in zip(*[o.unbind(1) for o in todo]):
-        v = _fused(v, *slot, fill) if fused(v, todo.row) else _slot(v, *slot, fill, slot[0])
+        v = fused_slot(v, *slot, fill) if fused(v, todo.row) else _slot(v, *slot, fill, slot[0])
     return v
 
 # %% ../nbs/01c_ops.ipynb #160b7b4d

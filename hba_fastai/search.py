@@ -191,7 +191,7 @@ def attach(self:HBACallback):
     enter(self.net.attached(z))
     enter(trained_with(self.opt, self.net.params, fastest(self.learn) if self.fast else None, self.decay))
     advise(self, chosen.layers)
-    self.net.check(model, lambda: self.target_loss(tuple(o[:2] for o in plain(self.stream.peek()))))
+    if self.exploit=='gradient': self.net.check(model, lambda: self.target_loss(tuple(o[:2] for o in plain(self.stream.peek()))))
     self.begin(chosen.reason)
 
 @patch
