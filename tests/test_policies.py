@@ -367,9 +367,10 @@ def test_buffers_move_with_the_policy():
 
 @pytest.mark.parametrize('policy', [Noise()+PBAPolicy(), Buffered()], ids=['sum','buffer'])
 def test_the_object_given_stays_as_it_is(policy):
-    before = {k: copy.deepcopy(v) for k,v in policy.state_dict().items()},str(vars(Policies(policy).parts[0]))
+    words = lambda: str([vars(p) for p in Policies(policy).parts]) # `fill` of PBAPolicy, too, which the first batch gives
+    before = {k: copy.deepcopy(v) for k,v in policy.state_dict().items()},words()
     search(policy); search(policy)
-    after = policy.state_dict(),str(vars(Policies(policy).parts[0]))
+    after = policy.state_dict(),words()
     assert after[1]==before[1] and all(torch.equal(v, after[0][k]) for k,v in before[0].items())
 
 def broken(method, at):
@@ -382,13 +383,16 @@ def broken(method, at):
 
 @pytest.mark.parametrize('at', [0,3,30])
 @pytest.mark.parametrize('method', ['draw','apply','dose'])
-def test_an_error_leaves_the_learner_as_it_was(method, at):
-    "From the first call on, early and late: the weights are where training had got, the rest is as before"
-    learn = small_learner()
+@pytest.mark.parametrize('kept', [False,True], ids=['of the fit','of the Learner'])
+def test_an_error_leaves_the_learner_as_it_was(kept, method, at):
+    "From the first call on, early and late, also where the callback stays: the weights are where training had got, the rest is as before"
+    learn,hba = small_learner(),HBACallback(policy=broken(method, at)+PBAPolicy(), seed=5)
+    if kept: learn.add_cb(hba)
     what = lambda: (list(map(type, learn.cbs)),list(learn.metrics),learn.loss_func,learn.logger,learn.dls,learn.model,[type(o) for o in learn.model.modules()])
     before = what()
-    with pytest.raises(RuntimeError, match=f'broken {method}'): search(broken(method, at)+PBAPolicy(), 5, learn=learn)
+    with pytest.raises(RuntimeError, match=f'broken {method}'): learn.fit(5, 1e-2, cbs=[] if kept else hba)
     assert is_plain(learn) and what()==before
+    if kept: learn.remove_cb(hba)
     learn.fit(1)
 
 def test_a_replay_with_an_error_leaves_the_learner_as_it_was(saved):
