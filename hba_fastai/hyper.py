@@ -9,7 +9,6 @@ __all__ = ['HyperLayer']
 
 # %% ../nbs/03_hyper.ipynb #99b8b742
 import copy
-from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn,Tensor

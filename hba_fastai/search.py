@@ -31,6 +31,7 @@ from .processes import average
 from . import resume as resuming
 
 # %% ../nbs/07_search.ipynb #87df87d3
+# chkstyle: skip - all events stand in one class, in the order in which they fire
 class HBACallback(PolicyCallback):
     "Hypernetwork-Based Augmentation: learn by gradient, within one fit, how strongly each image operation should act at each moment"
     attached,goes_on = False,True # Is the search in place?
