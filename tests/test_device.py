@@ -35,7 +35,7 @@ def test_a_policy_needs_no_float64(fill, sigma):
     with no_float64():
         policy = PBAPolicy(fill, limits={'Rotate': (0,10)}).to('meta')
         lam = torch.zeros(54, device='meta', requires_grad=True)
-        d = policy.draw(lam.detach().repeat(8,1))
+        d = policy.draw_under(lam.detach().repeat(8,1), None)
         f,z = policy.features(d),policy.expected(lam, sigma)
         z.sum().backward()
         assert {o.device.type for o in (*d,f,z,lam.grad)}=={'meta'} and f.dtype==z.dtype==torch.float32
@@ -47,7 +47,7 @@ def test_a_policy_needs_no_float64_on_a_gpu():
     and the backward pass, which wants a driver"""
     with FakeTensorMode(allow_non_fake_inputs=True),no_float64():
         policy,lam = PBAPolicy().to('cuda'),torch.zeros(54, device='cuda')
-        d = policy.draw(lam.repeat(8,1))
+        d = policy.draw_under(lam.repeat(8,1), None)
         assert {o.device.type for o in (*d,policy.features(d),policy.expected(lam),policy.expected(lam, 1.))}=={'cuda'}
 
 @pytest.mark.parametrize('space', [PBASpace(),PBASpace().to('meta')])

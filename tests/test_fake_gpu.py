@@ -91,7 +91,7 @@ def test_a_policy_does_not_wait(fill, skip, fake):
 def augmented(policy, lam, x, sigma=1.):
     "What `PolicyTransform` does to a batch: the images, λ of each, and what was drawn"
     lam_i = population(lam, sigma, len(x), None, policy.active)
-    drawn = policy.draw(lam_i)
+    drawn = policy.draw_under(lam_i, None)
     return policy.apply(x, drawn),lam_i,drawn
 
 def trained(net, model, opt, z, x, y):

@@ -77,7 +77,7 @@ def test_dense_equals_picked(c, n=256):
     g = torch.Generator().manual_seed(0)
     x = torch.rand(n, c, 17, 23, generator=g)
     policy = PBAPolicy(fill=0.3, skip=[] if c==3 else ['Color'])
-    d = policy.draw(torch.randn(n, 54, generator=g)*2, g)
+    d = policy.draw_under(torch.randn(n, 54, generator=g)*2, g)
     assert set(d.op.unique().tolist())-{-1} == {i for i,o in enumerate(OP_NAMES) if c==3 or o!='Color'}
     assert torch.equal(policy.apply(x, d, dense=True), policy.apply(x, d, dense=False))
 
