@@ -1,9 +1,8 @@
 "The search within a fit: order of the algorithm, what a hyper-step may touch, determinism, undo, and refusals"
-import copy,json,subprocess,sys
+import subprocess,sys
 import pytest, torch
 from fastai.callback.core import Callback,CancelFitException
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner,load_learner
 from fastai.optimizer import OptimWrapper,SGD
 from fastai.vision.augment import Normalize,aug_transforms
 from torch import nn
