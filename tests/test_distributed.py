@@ -1,7 +1,6 @@
-"Two processes on gloo: equal λ, φ and schedule, averaged hypergradients, different draws and validation batches; in one process the same search is the plain one"
+"Two processes on gloo: equal λ, φ and schedule, averaged hypergradients, different draws and validation batches"
 import os,subprocess,sys
 from pathlib import Path
-import torch
 
 WORKER = '''
 import os,sys,warnings; warnings.simplefilter('ignore')
@@ -41,7 +40,9 @@ class See(Callback):
     def after_batch(self):
         if not self.training: return
         hba = self.learn.hba
-        for name,t in [('lam',hba.lam.value), *[(f'phi{i}',p.detach()) for i,(p,_) in enumerate(hba.net.params)], *[(k,v) for k,v in self.learn.model.state_dict().items() if 'running' not in k and 'num' not in k]]:
+        phi = [(f'phi{i}',p.detach()) for i,(p,_) in enumerate(hba.net.params)]
+        weights = [(k,v) for k,v in self.learn.model.state_dict().items() if 'running' not in k and 'num' not in k]
+        for name,t in [('lam',hba.lam.value), *phi, *weights]:
             u,v = both(t.float()); assert torch.equal(u,v), f'{name} differs between the ranks at step {self.learn.train_iter}'
         if raw:
             u,v = both(raw[-1]); out['raw'] = not torch.equal(u,v)
@@ -74,9 +75,11 @@ print('rank', rank, 'ok', flush=True)
 
 def run(tmp_path, valid, condition, port):
     (tmp_path/'worker.py').write_text(WORKER)
-    env = lambda r: {**os.environ, 'RANK': str(r), 'LOCAL_RANK': str(r), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'ACCELERATE_USE_CPU': 'true',
+    env = lambda r: {**os.environ, 'RANK': str(r), 'LOCAL_RANK': str(r), 'WORLD_SIZE': '2', 'ACCELERATE_USE_CPU': 'true',
+                     'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
                      'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'GLOO_SOCKET_IFNAME': 'lo'}
-    ps = [subprocess.Popen([sys.executable, str(tmp_path/'worker.py'), str(Path(__file__).parent), str(tmp_path), valid, condition], env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+    command = [sys.executable, str(tmp_path/'worker.py'), str(Path(__file__).parent), str(tmp_path), valid, condition]
+    ps = [subprocess.Popen(command, env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
     try: outs = [p.communicate(timeout=240)[0] for p in ps]
     finally: [p.kill() for p in ps]
     for r,(p,o) in enumerate(zip(ps, outs)): assert p.returncode==0 and f'rank {r} ok' in o, o[-3000:]

@@ -8,7 +8,7 @@ from fastai.data.transforms import Normalize
 from fastai.vision.augment import IntToFloatTensor
 from fastai.vision.core import TensorImage
 from hypothesis import given,settings,strategies as st
-from conftest import small_learner,small_net
+from conftest import small_learner
 from hba_fastai.checkpoint import CheckpointError,load_checkpoint
 from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.lam import Hyperparameters
@@ -17,7 +17,7 @@ from hba_fastai.policy import Data,Policies,Policy,check_policy
 from hba_fastai.replay import PolicyCallback,ScheduleCallback
 from hba_fastai.schedule import Schedule,ScheduleError
 from hba_fastai.search import HBACallback
-from hba_fastai.space import PBASpace,Space,Values
+from hba_fastai.space import PBASpace,Space
 from hba_fastai.transform import generators_for,policies_in,policy_in
 from torch import nn
 

@@ -6,7 +6,6 @@ from hba_fastai.search import HBACallback
 from hba_fastai.session import digits_net
 from hba_fastai.data import digits_dls
 from hba_fastai.pba import PBAPolicy
-from hba_fastai.space import PBASpace
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
