@@ -109,7 +109,7 @@ class Policies(nn.Module):
         names = [p.name for p in self.parts]
         twice = [n for n in names if names.count(n)>1]
         if twice: raise ValueError(f"{twice[0]} is there twice: add policies of different classes")
-        self.space = sum((p.space for p in self.parts), Space())
+        self.space,self.sizes = sum((p.space for p in self.parts), Space()),[len(p.space) for p in self.parts]
         self.scales = None # one for each of those `with_space`, see `Policy.scale`; set by `bound`
 
     def bound(self, data:Data, sigma:float):
@@ -120,8 +120,6 @@ class Policies(nn.Module):
 
     @property
     def with_space(self) -> list: return [p for p in self.parts if len(p.space)]
-    @property
-    def sizes(self) -> list: return [len(p.space) for p in self.parts]
     @property
     def active(self) -> Tensor: return torch.cat([p.active for p in self.parts])
     @property

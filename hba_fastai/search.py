@@ -27,7 +27,7 @@ from .replay import *
 from .replay import _schedules
 from .checks import *
 from .clock import *
-from .processes import average
+from .processes import average_gradients
 from . import resume as resuming
 
 # %% ../nbs/07_search.ipynb #87df87d3
@@ -104,8 +104,7 @@ class HBACallback(PolicyCallback):
 
     def after_backward(self):
         "Average φ's gradients over the processes: once per accumulated batch, since the mean of means is the same"
-        for p,_ in self.net.params:
-            if p.grad is not None: average(p.grad)
+        average_gradients(p for p,_ in self.net.params)
 
     def after_cancel_step(self):
         "Gradient accumulation or the scaler left it out"
