@@ -11,5 +11,5 @@ def test_what_has_no_gradient_can_choose_the_best():
     learn.remove_cb(ProgressCallback); learn.logger = lambda row: None
     hba = HBACallback(exploit='best', hyper_loss=error_rate, warmup=0., seed=0)
     learn.fit(1, 0.01, cbs=hba)
-    assert hba.steps and not len(hba.lam.gradients())
+    assert hba.hyper_steps and not len(hba.lam.gradients())
     assert (hba.lam.value!=hba.start).all() # the best of three is λ+ε, and never λ

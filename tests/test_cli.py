@@ -196,9 +196,9 @@ def test_choices_reach_the_callback(monkeypatch, tmp_path):
 
 def test_the_control_is_the_start_of_the_search():
     hba = HBACallback(seed=0)
-    start = hba.lam.double()
+    start = hba.start.clone()
     with session.one_line_per_epoch(learn := session.digits_learner(0)): learn.fit(1, cbs=hba)
-    torch.testing.assert_close(session.at_start(hba.schedule).lam(0.5), start.float())
+    torch.testing.assert_close(session.at_start(hba.schedule).lam(0.5), start)
 
 def learner_of(pngs):
     train,valid,_ = split_folder(pngs, 0)

@@ -291,7 +291,7 @@ def _(cb): l = vision(); l.fit(2, cbs=cb); return l
 def _(cb): l = block(MultiCategoryBlock, get_y=lambda f: [f.parent.name,'any'], loss=None, n=4); l.metrics = []; l.fit(2, cbs=cb); return l
 @flow('targets', 'regression')
 def _(cb): l = block(RegressionBlock(1), get_y=lambda f: float(f.parent.name), loss=MSELossFlat(), n=1); l.metrics = []; l.fit(2, cbs=cb); return l
-def still(cb): assert {'Rotate','ShearX','Cutout'} <= set((cb.policy if isinstance(cb, HBACallback) else cb.last).skip)
+def still(cb): assert {'Rotate','ShearX','Cutout'} <= set((cb.bound if isinstance(cb, HBACallback) else cb.last).skip)
 @flow('targets', 'segmentation masks', search='works, without the geometric operations and Cutout')
 def _(cb):
     l = hush(Learner(masks(), nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,2,1)),

@@ -63,11 +63,8 @@ class Spy(HBACallback):
         self.losses.append(self.loss.detach())
         super().after_batch()
 
-    def descend(self, b):
-        self.targets.append(b)
-        return super().descend(b)
-
     def target_loss(self, b):
+        if self.attached and not (self.targets and self.targets[-1] is b): self.targets.append(b)
         self.modes = {m.training for m in self.model.modules()}
         return super().target_loss(b)
 

@@ -218,8 +218,8 @@ def test_holes_have_the_mean_of_the_data(make):
     bound = policy.bind(Data(3, mean))
     assert torch.equal(bound.fill, mean) and policy.fill is None and bound is not policy
     assert make(fill=0.3).bind(Data(3, mean)).fill==torch.tensor(0.3)
-    mean,d = images(2).float().mean((0,2,3))/255,drawn(policy, 2)
-    assert torch.equal(make().bind(Data(3)).apply(images(2), d), make(fill=mean).apply(images(2), d))
+    own,d = images(2).float().mean((0,2,3))/255,drawn(policy, 2)
+    assert torch.equal(make().bind(Data(3)).apply(images(2), d), make(fill=own).apply(images(2), d))
     away = torch.tensor([[OP['TranslateX']]])
     y = TrivialAugmentWide().bind(Data(3, mean)).apply(images(1), TrivialAugmentWide().at_levels(away, 30, torch.zeros(1,1)))
     assert torch.equal(y, torch.tensor([51,102,153], dtype=torch.uint8).view(1,3,1,1).expand(1,3,*SIZE)) # 32 pixels of 32
