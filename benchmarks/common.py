@@ -15,8 +15,9 @@ from hba_fastai.search import HBACallback
 HERE = Path(__file__).resolve().parent
 
 def _cpu(): # jiffies of all processors: all, and those that other machines on the host took
-    try: v = [int(o) for o in open('/proc/stat').readline().split()[1:9]]
-    except OSError: return 0,0
+    stat = Path('/proc/stat')
+    if not stat.exists(): return 0,0
+    v = [int(o) for o in stat.read_text().splitlines()[0].split()[1:9]]
     return sum(v),v[7]
 
 BEGAN = _cpu()

@@ -75,6 +75,7 @@ def _check_skip(skip) -> tuple:
 class PBAPolicy(Operations):
     "The augmentation policy A(x; λ) of the PBA space: `PBAPolicy()(x, lam)` augments each image under its own λ"
     copies = 2 # How often each operation is in the space
+    checked = True
     def __init__(self,
         fill=None,           # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
         bilinear:bool=False, # Interpolate in the geometric operations; Population Based Augmentation takes the nearest pixel

@@ -28,6 +28,7 @@ class Policy(nn.Module):
     space = Space()  # Its hyperparameters
     order = 20       # Place among the batch transforms: behind `IntToFloatTensor` (10), before fastai's augmentation (30, 40) and `Normalize` (99)
     on_bytes = False # Can it act on bytes, in front of `IntToFloatTensor`?
+    checked = False  # Is it known that `check_policy` accepts it? Else a search asks
     skip,limits = (),{} # Of a policy with operations: those that must not be used, and narrower ranges
     def __init__(self):
         super().__init__()
@@ -103,9 +104,10 @@ class Policies(nn.Module):
     "Several policies side by side: `PBAPolicy() + Noise()`"
     def __init__(self, *policies):
         super().__init__()
-        self.parts = nn.ModuleList(part for p in policies for part in (p.parts if isinstance(p, Policies) else [p]))
-        odd = [p for p in self.parts if not isinstance(p, Policy)]
-        if odd: raise TypeError(f"{type(odd[0]).__name__} is no policy: give objects whose class derives from Policy")
+        parts = [part for p in policies for part in (p.parts if isinstance(p, Policies) else [p])]
+        odd = [p for p in parts if not isinstance(p, Policy)]
+        if odd: raise TypeError(f"{odd[0]!r:.60} is no policy: give objects, such as `PBAPolicy()`, whose class derives from Policy")
+        self.parts = nn.ModuleList(parts)
         names = [p.name for p in self.parts]
         twice = [n for n in names if names.count(n)>1]
         if twice: raise ValueError(f"{twice[0]} is there twice: add policies of different classes")
@@ -233,11 +235,11 @@ def _check_gradients(policy, lam, sigma, n=8192):
                 "compute the dose from the values without comparison or rounding, or write `expected`")
 
 # %% ../nbs/02_policy.ipynb #552b3540
-def check_policy(policy:Policy, channels:int=3, sigma:float=1.):
+def check_policy(policy:Policy, channels:int=3, sigma:float=1., size:tuple=(8,6)):
     "Raise, in one sentence, where `policy` is not one that can be searched"
     if not len(policy.space): raise ValueError(f"{policy.name} has no hyperparameters, so there is nothing to search: use it with PolicyCallback")
     policy = _bound(policy, Data(channels, torch.full((channels,), 0.5)))
-    lam,x = policy.space.start(),torch.rand(16, channels, 8, 6, generator=torch.Generator().manual_seed(0))
+    lam,x = policy.space.start(),torch.rand(16, channels, *size, generator=torch.Generator().manual_seed(0))
     devices,changed = ['cpu']+['cuda']*torch.cuda.is_available(),[]
     for device in devices[::-1]:
         policy.to(device)

@@ -12,6 +12,7 @@ import warnings,weakref
 import torch
 from torch import Tensor
 from fastai.basics import *
+from fastai.vision.core import TensorImage
 from .space import *
 from .hypernet import *
 from .layers import *
@@ -180,6 +181,7 @@ def attach(self:HBACallback):
     self.refuse_old_model()
     enter,model = self.undo.enter_context,get_model(self.model)
     data,b = seen_data(self.dls)
+    check_own(self.policies, first(o for o in b if isinstance(o, TensorImage)), self.sigma)
     self.bound = self.policies.bound(data, self.sigma)
     self.inactive = [o for o in self.bound.skip if o not in self.policies.skip]
     self.insert(self.bound, lambda: self.lam.value)

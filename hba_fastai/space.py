@@ -24,13 +24,18 @@ class Hyperparameter(NamedTuple):
     at:float=0.3  # Position in the range at the start, between 0 and 1
     unit:str=''   # Unit of the values, for people
 
+def _hyperparameter(name:str, r) -> Hyperparameter:
+    if not (isinstance(r, (tuple,list)) and 2<=len(r)<=4 and all(isinstance(o, (int,float)) for o in r[:3])):
+        raise ValueError(f"{name} has the range {r!r:.60}: give a tuple, the lowest and the highest value, and if you like a start and a unit")
+    return Hyperparameter(*r)
+
 class Space:
     "Hyperparameters by name: `Space(noise=(0,0.2))`; spaces add up"
     def __init__(self,
         ranges:dict|None=None, # `{name: (lo, hi[, at[, unit]])}`, see `Hyperparameter`
         **more # The same, for names that Python takes as names
     ):
-        self.of = {name: Hyperparameter(*r) for name,r in {**(ranges or {}), **more}.items()}
+        self.of = {name: _hyperparameter(name, r) for name,r in {**(ranges or {}), **more}.items()}
         for name,h in self.of.items():
             if not (float('-inf')<h.lo<h.hi<float('inf') and 0<h.at<1):
                 raise ValueError(f"{name} goes from {h.lo} to {h.hi} and starts at position {h.at}: "
@@ -68,7 +73,10 @@ def start(self:Space,
     "Where a search starts"
     if isinstance(at, dict): return self._start_by_name(at)
     if at is None: return self.own_start.float().logit()
-    p,rest = at if isinstance(at, (tuple,list)) else (at,at)
+    pair = at if isinstance(at, (tuple,list)) else (at,at)
+    if len(pair)!=2 or not all(isinstance(o, (int,float)) for o in pair):
+        raise ValueError(f"start={at!r} is neither a position, a pair of them, nor a dictionary: give one number, or one for names in `.p` and one for the rest")
+    p,rest = pair
     if not (0<p<1 and 0<rest<1):
         raise ValueError(f"start={at} are positions within the ranges, probabilities included: they must be between 0 and 1")
     return torch.tensor([float(p if name.endswith('.p') else rest) for name in self.names]).logit()
@@ -78,7 +86,9 @@ def _start_by_name(self:Space, at:dict) -> Tensor:
     odd = sorted(set(at)-set(self.names))
     if odd: raise ValueError(f"start names {odd[0]!r}, which is no hyperparameter of the space: use the names of `space.names`")
     values = self.values(self.start().double())
-    for name,v in at.items(): values[self.names.index(name)] = v
+    for name,v in at.items():
+        if not isinstance(v, (int,float)): raise ValueError(f"start gives {v!r} for {name}, which is a {type(v).__name__}: give a number")
+        values[self.names.index(name)] = v
     return self.lam(values).float()
 
 # %% ../nbs/00_space.ipynb #78f4e494
@@ -169,6 +179,7 @@ class PBASpace(Space):
         copies:int=2, # How often each operation is there
         limits:dict|None=None # Narrower ranges of magnitudes, `{operation: (lowest, highest)}` in the units of `TABLE7`
     ):
+        if not isinstance(limits or {}, dict): raise ValueError(f"limits is {limits!r:.40} and must be a dictionary: give {{operation: (lowest, highest)}}")
         self.limits = dict(limits or {})
         for o,r in self.limits.items(): _check_limits(o, r)
         self.entries = [(o,c) for c in range(copies) for o in TABLE7]         # what the sampler walks: (operation, copy)

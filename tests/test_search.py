@@ -7,12 +7,13 @@ from fastai.optimizer import OptimWrapper,SGD
 from fastai.vision.augment import Normalize,aug_transforms
 from torch import nn
 from conftest import small_learner,small_net
-from hba_fastai.replay import ScheduleCallback
+from hba_fastai.policy import Policy
+from hba_fastai.replay import PolicyCallback,ScheduleCallback
 from hba_fastai.search import HBACallback
 from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.pba import PBAPolicy
 from hba_fastai.schedule import Schedule
-from hba_fastai.space import PBASpace
+from hba_fastai.space import PBASpace,Space
 
 class Log(HBACallback):
     "Notes weight steps (w) and hyper-steps (h)"
@@ -329,3 +330,18 @@ def test_longer_features_are_a_faster_response():
         return hba.lam.value
     lam = found(1, PBAPolicy())
     assert torch.allclose(lam, found(5, Short()), atol=1e-5) and not torch.allclose(lam, found(1, Short()), atol=1e-2)
+
+@pytest.mark.parametrize('kw', [dict(sigma='1'), dict(hlr='x'), dict(floor='a'), dict(warmup=None), dict(start='x'), dict(start=(0.1,)),
+    dict(start={'Invert_0.p': 'x'}), dict(limits=[1]), dict(policy=PBAPolicy), dict(policy=3), dict(seed='a'), dict(hyper_loss=3)])
+def test_arguments_of_another_kind_are_named(kw):
+    with pytest.raises((TypeError,ValueError), match=f"{next(iter(kw))}|is no policy"): HBACallback(**kw)
+
+def test_a_policy_of_ones_own_is_checked_before_the_first_step():
+    class Signed(Policy):
+        space = Space(bright=(0,0.5))
+        def draw(self, v, generator): return v.bright*(2*torch.rand(len(v), generator=generator)-1)
+        def dose(self, drawn): return drawn[:,None]
+        def apply(self, x, drawn, generator): return (x+drawn[:,None,None,None]).clamp(0,1)
+    learn = small_learner()
+    with pytest.raises(ValueError, match='The expected dose of Signed does not move with bright'): learn.fit(1, cbs=HBACallback(policy=Signed()))
+    learn.fit(1, cbs=PolicyCallback(Signed())) # what is not searched need not move
