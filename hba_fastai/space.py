@@ -75,7 +75,8 @@ def start(self:Space,
     if at is None: return self.own_start.float().logit()
     pair = at if isinstance(at, (tuple,list)) else (at,at)
     if len(pair)!=2 or not all(isinstance(o, (int,float)) for o in pair):
-        raise ValueError(f"start={at!r} is neither a position, a pair of them, nor a dictionary: give one number, or one for names in `.p` and one for the rest")
+        raise ValueError(f"start={at!r} is neither a position, a pair of them, nor a dictionary: "
+            "give one number, or one for names in `.p` and one for the rest")
     p,rest = pair
     if not (0<p<1 and 0<rest<1):
         raise ValueError(f"start={at} are positions within the ranges, probabilities included: they must be between 0 and 1")
