@@ -29,7 +29,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Normalize
 from common import RESULTS,NoValid,environment,mean_se,quiet
-from hba_fastai.all import HBACallback,OPS,PBAPolicy,Schedule,TrivialAugmentWide,array_dls
+from hba_fastai.all import HBACallback,OPS,PBAPolicy,Schedule,ScheduleCallback,TrivialAugmentWide,array_dls
 from hba_fastai.data import digits
 from hba_fastai.session import digits_net
 from hba_fastai.space import GEOMETRIC,PBASpace
@@ -194,15 +194,15 @@ def train(source, steps, seed, policy=None, target=None, since=0., target_plain=
         step(model, opt, x, y, lr=lr(pct), momentum=mom(pct))
     return model.eval()
 
-def search(source, target, steps, seed):
-    "One search by the package's defaults -> (network, `Schedule`)"
+def in_package(source, target, steps, seed, callback):
+    "One fit with `callback(loader of the target images)` -> (network, the callback)"
     set_seed(seed)
     dls = array_dls(source, target, vocab=[str(o) for o in range(10)], bs=BS, batch_tfms=Normalize.from_stats(MEAN, STD))
     learn = Learner(dls, digits_net(), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=WD)
     learn.remove_cb(ProgressCallback); learn.logger = quiet
-    hba = HBACallback(valid=dls.valid, seed=seed)
-    learn.fit_one_cycle(max(steps*BS//len(source[1]), 1), LR, cbs=[NoValid(), hba])
-    return nn.Sequential(Pixels(), learn.model).eval(),hba.schedule
+    cb = callback(dls.valid)
+    learn.fit_one_cycle(max(steps*BS//len(source[1]), 1), LR, cbs=[NoValid(), cb])
+    return nn.Sequential(Pixels(), learn.model).eval(),cb
 
 def statistics_of(net, x):
     "`net` with the batch statistics of `x`"
@@ -266,12 +266,14 @@ class Cell:
         return train(**{'source': self.source, 'steps': self.steps, 'seed': self.seed+1000, 'policy': policy, **kwargs})
     def mixed(self, policy='nothing', **kwargs): return self.train(POLICIES[policy](), target=self.target, **kwargs)
     def tune(self, f=fine_tuned, **kwargs): return f(self.plain, self.target, self.seed, **kwargs)
-    def search(self):
-        net,self.found = search(self.source, self.target, self.steps, self.seed)
+    def one_fit(self, **kwargs):
+        net,hba = in_package(self.source, self.target, self.steps, self.seed, lambda dl: HBACallback(target=dl, seed=self.seed, **kwargs))
+        if not kwargs: self.found = hba.schedule
         return net
-    def replay(self, **kwargs):
-        if self.found is None: self.search()
-        return self.train(Replay(self.found), **kwargs)
+    def reuse(self):
+        if self.found is None: self.one_fit()
+        seed = self.seed+1000
+        return in_package(self.source, self.target, self.steps, seed, lambda dl: ScheduleCallback(self.found, target=dl, seed=seed))[0]
 
 ALONE = {'nothing': 'no augmentation', 'crop': 'crop', 'trivial': 'TrivialAugmentWide', 'start': 'policy at the start values of the search', 'augmix': 'AugMix',
          'standardised': 'each image standardised'}
@@ -287,14 +289,13 @@ WITH_TARGET = { # arm: (what, Cell -> network)
   'late': ('target images in half of each batch from 60%', lambda c: c.mixed(since=0.6)),
   'late_trivial': ('target images in half of each batch from 60%, all under TrivialAugment', lambda c: c.mixed('trivial', since=0.6)),
   'late_start': ('target images in half of each batch from 60%, all under the start policy', lambda c: c.mixed('start', since=0.6)),
-  'search': ('**search**, its own network', lambda c: c.search()),
-  'replay': ('**replay** of its schedule', lambda c: c.replay()),
-  'replay_late': ('**replay**, target images as they are in half of each batch from 60%',
-                  lambda c: c.replay(target=c.target, since=0.6, target_plain=True)),
+  'one_fit': ('**`HBACallback(target=...)`**, one fit', lambda c: c.one_fit()),
+  'reuse': ('**`ScheduleCallback(schedule, target=...)`**, the schedule of that fit', lambda c: c.reuse()),
+  'no_hyper_steps': ('the same fit without hyper-steps', lambda c: c.one_fit(hlr=1e-9)),
   'oracle': ('all source images under the shift', lambda c: c.train(source=c.moved_source))}
 ARMS = {**ALONE, **{k: what for k,(what,_) in WITH_TARGET.items()}}
-OURS = ['search','replay','replay_late']
-RIVALS = [a for a in ARMS if a not in (*OURS,'oracle')]
+OURS = ['one_fit','reuse']
+RIVALS = [a for a in ARMS if a not in (*OURS,'no_hyper_steps','oracle')]
 
 def run(cell, arm):
     "Errors and seconds of one arm"
@@ -337,7 +338,7 @@ def arms_table(rs, steps, n, shifts):
 def difference(a, b): return [a[s]-b[s] for s in sorted(a.keys() & b.keys())]
 
 def best_rival(rs, steps, n, shift):
-    "The arm other than search, replay and oracle with the lowest mean error, among those with the most seeds"
+    "The arm other than ours and the oracle with the lowest mean error, among those with the most seeds"
     e = {a: errors(rs, steps, n, shift, a) for a in RIVALS}
     most = max(map(len, e.values()))
     return min((a for a in RIVALS if len(e[a])==most), key=lambda a: np.mean(list(e[a].values())))
@@ -347,7 +348,7 @@ def differences_table(rs, steps, n):
     out = head('shift', 'best rival', 'its error %', *[f'{a} − it' for a in OURS], 'oracle − it')
     for name,shifts in GROUPS.items():
         over = []
-        for shift in [s for s in shifts if errors(rs, steps, n, s, 'search')]:
+        for shift in [s for s in shifts if errors(rs, steps, n, s, 'one_fit')]:
             rival = best_rival(rs, steps, n, shift)
             e = errors(rs, steps, n, shift, rival)
             d = [difference(errors(rs, steps, n, shift, a), e) for a in (*OURS,'oracle')]
@@ -360,13 +361,13 @@ def table():
     "All results as Markdown"
     rs = runs()
     out = ['Error in percent on 997 digits under a shift: mean ± standard error over seeds (number of seeds). One image is 0.1%. '
-           'The best rival is chosen by the test error itself, which favours it; a difference below 0 speaks for the search.', '']
+           'The best rival is chosen by the test error itself, which favours it; a difference below 0 speaks for HBA.', '']
     if any('trivial' in k[-1] and 'drawn' not in r for k,r in rs.items()):
         out += ["TrivialAugment is torchvision's here, drawn image by image.", '']
     for n,steps in sorted({(n,steps) for steps,n,*_ in rs if n}, key=lambda o: (o[0]!=100,o[0],-o[1])):
         out += [f'## {n} target images, {steps} steps', '', *differences_table(rs, steps, n), '']
         for name,shifts in GROUPS.items():
-            seen = [s for s in shifts if errors(rs, steps, n, s, 'search')]
+            seen = [s for s in shifts if errors(rs, steps, n, s, 'one_fit')]
             if seen: out += [f'**Shifts: {name}**', '', *arms_table(rs, steps, n, seen), '']
     e = [l['environment'] for l in lines() if 'environment' in l]
     if e: out += [f"`{e[-1]['command']}`, {e[-1]['date']}, torch {e[-1]['torch']}, {e[-1]['machine']}, one thread.", '']

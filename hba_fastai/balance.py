@@ -89,9 +89,9 @@ def restricted(
 ):
     "Within, `dl` gives the items `idxs` alone, in its own order"
     if not isinstance(dl, DataLoader) or dl.n is None: raise TypeError("Items are held out of a fastai DataLoader with a length "
-        f"and training has a {type(dl).__name__}: give `valid` a loader")
+        f"and training has a {type(dl).__name__}: give a loader")
     if type(dl).get_idxs is not DataLoader.get_idxs: raise ValueError(f"{type(dl).__name__} chooses its items itself, "
-        "so a share of them cannot be held out: give `valid` a DataLoader")
+        "so a share of them cannot be held out: give a DataLoader")
     old = {k:vars(dl)[k] for k in ('n','get_idxs') if k in vars(dl)}
     try:
         dl.n,dl.get_idxs = len(idxs),partial(_chosen, dl.get_idxs, idxs)

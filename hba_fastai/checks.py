@@ -20,10 +20,11 @@ from .optimizer import rates
 from .pba import PBAPolicy
 from .policy import Policies,check_policy
 from .replay import fine_tuning
+from .late import check_late
 from .target import check_valid
 
 # %% ../nbs/06g_checks.ipynb #fa6f7313
-def _check_steps(T_train, T_val, sigma, hlr, floor, warmup):
+def _check_steps(T_train, T_val, sigma, hlr, floor, pull, warmup):
     if not (isinstance(T_train, int) and isinstance(T_val, int) and min(T_train, T_val)>=1):
         raise ValueError(f"T_train={T_train} and T_val={T_val} are steps per cycle: both must be whole numbers, 1 or more")
     if not 0<=sigma<float('inf'): raise ValueError(f"sigma={sigma} is a standard deviation: it must be finite and 0 or more")
@@ -31,6 +32,7 @@ def _check_steps(T_train, T_val, sigma, hlr, floor, warmup):
         raise ValueError(f"hlr={hlr} is a learning rate: it must be above 0, or None to choose it by the length of the fit")
     if floor is not None and not 0.001<=floor<1:
         raise ValueError(f"floor={floor} is a position within the ranges: it must be at least 0.001 and below 1, or None for no bound")
+    if not 0<=pull<float('inf'): raise ValueError(f"pull={pull} is the strength of λ's pull to its start: it must be finite and 0 or more")
     if not 0<=warmup<1: raise ValueError(f"warmup={warmup} is a share of the fit: it must be 0 or more and below 1")
 
 def _check_choices(condition, exploit, population, sigma):
@@ -41,7 +43,7 @@ def _check_choices(condition, exploit, population, sigma):
     if exploit=='best' and not sigma: raise ValueError("exploit='best' compares λ+ε and sigma=0 makes them all alike: give a sigma above 0")
 
 def _check_types(hba):
-    for name in ('sigma','hlr','floor','warmup','seed'):
+    for name in ('sigma','hlr','floor','pull','warmup','until','mix','seed'):
         v = getattr(hba, name)
         if v is None and name in ('hlr','floor','seed'): continue
         kind = numbers.Integral if name=='seed' else numbers.Real
@@ -52,12 +54,16 @@ def _check_types(hba):
 def check_arguments(hba):
     "Raise where an argument of `HBACallback` is out of its range, or two disagree"
     _check_types(hba)
-    _check_steps(hba.T_train, hba.T_val, hba.sigma, hba.hlr, hba.floor, hba.warmup)
+    _check_steps(hba.T_train, hba.T_val, hba.sigma, hba.hlr, hba.floor, hba.pull, hba.warmup)
     _check_choices(hba.condition, hba.exploit, hba.population_size, hba.sigma)
     if hba.resume and not hba.checkpoint:
         raise ValueError("resume=True needs the name of a checkpoint and none is given: say `checkpoint='search'`")
     if hba.checkpoint: checkpoint_path(hba.checkpoint, '') # refuses what is no name
     check_valid(hba.valid)
+    check_late(hba.target, hba.until, hba.mix)
+    if hba.target is None: return
+    if hba.valid is not None: raise ValueError("valid and target both say which data the hyper-steps have: give one of them")
+    if hba.until<=hba.warmup: raise ValueError(f"λ moves between warmup={hba.warmup} and until={hba.until} of the course: until must be the larger")
 
 def check_own(policies:Policies, image, sigma:float):
     "`check_policy` for the user's own policies, on images of the size of `image` (B,C,H,W)"
@@ -105,5 +111,6 @@ def warn_of_rates(learn, layers:list): # [(name, layer)]
 
 def advise(hba, layers:list):
     "Say once what makes this search misleading or slow"
-    if hba.valid is None or hba.valid is hba.dls.valid: warn_of_monitors(hba.learn)
-    if not isinstance(hba.valid, (numbers.Real,type(None))) and not hba.points: warn_of_rates(hba.learn, layers)
+    data = hba.hyper_data
+    if data is None or data is hba.dls.valid: warn_of_monitors(hba.learn)
+    if not isinstance(data, (numbers.Real,type(None))) and not hba.points: warn_of_rates(hba.learn, layers)

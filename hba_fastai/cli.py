@@ -43,7 +43,7 @@ def as_command():
 def hba_search(
     path:str=None, # Folder with a sub-folder of images per class, or with such folders `train` and `valid`; default: scikit-learn's digits
     arch:str='resnet18', # Model to search with, of torchvision or timm (not for the digits)
-    epochs:int=30, # Length of the search
+    epochs:int=None, # Length of the training; default: 30, and 90 for the digits
     out:str='schedule.json', # File for the schedule; its picture goes next to it
     size:int=224, # Size of the images in pixels (not for the digits)
     bs:int=64, # Batch size (not for the digits)
@@ -52,8 +52,10 @@ def hba_search(
     strategy:str=None, # Layers that respond to the augmentation, such as first_bn, first_norm or first_conv; default: HBACallback's
     skip:str=None, # Operations that must not be used, such as Invert,Solarize
     limits:str=None, # Narrower ranges of magnitudes, such as Rotate=0:10,TranslateX=0:0.1
+    target:str=None, # Folder of labelled images like those that the model is for, with a sub-folder per class: they steer the search, then join training
+    same:bool=False, # The digits without another camera: nothing differs
 ):
     "Search an augmentation schedule within one training"
     with as_command() if is_cli(hba_search) else nullcontext():
         from hba_fastai import session
-        session.run(path, arch, epochs, out, size, bs, lr, seed, strategy, skip, limits)
+        session.run(path, arch, epochs, out, size, bs, lr, seed, strategy, skip, limits, target, same)

@@ -91,7 +91,7 @@ def class_names(
     if not folder and len(known)>1 and known[0]!=known[1]:
         f,a,b = next(o for o in zip(files, *known) if o[1]!=o[2])
         raise ValueError(f"{f} is {a} by the labelling of `dls` and {b} by its folder: "
-            "give `valid` a loader or, if the folder is right, the folder above it")
+            "give a loader or, if the folder is right, the folder above it")
     return known[0]
 
 # %% ../nbs/06ab_items.ipynb #80e58ec2
@@ -133,7 +133,7 @@ def file_items(
     "Data set of image files, like the Learner's own"
     if not isinstance(ds, (ArrayDataset,Datasets,TfmdLists)):
         data = f"needs data that fastai reads, e.g. by ImageDataLoaders, and this Learner has a {type(ds).__name__}"
-        raise TypeError(f"{upper_first(what)} {data}: give `valid` a loader")
+        raise TypeError(f"{upper_first(what)} {data}: give a loader")
     check_readable(files, what)
     if not (isinstance(ds, ArrayDataset) or isinstance(ds, Datasets) and one_label(ds)): return _labelled_by_dls(ds, files, what)
     names,number = class_names(ds, files, vocab, folder),{o:i for i,o in enumerate(vocab)}
@@ -146,7 +146,7 @@ def _labelled_by_dls(ds, files, what):
     try: items = test_set(ds, files, with_labels=True); items[0]
     except Exception as e:
         found = f"whose own labelling does not take files ({type(e).__name__})"
-        raise ValueError(f"{upper_first(what)} gives no labels for this Learner, {found}: give `valid` a loader that has them") from e
+        raise ValueError(f"{upper_first(what)} gives no labels for this Learner, {found}: give a loader that has them") from e
     return items
 
 # %% ../nbs/06ab_items.ipynb #3cdde6de
@@ -177,5 +177,5 @@ def warn_of_overlap(train, target, what:str):
     a = set(_real_paths(a))
     both = [f for f,p in zip(b, _real_paths(b)) if p in a]
     if both:
-        fix = "the hyper-steps need images that training does not see, so take them out of one of the two"
+        fix = "these show no difference, so take them out of one of the two"
         warnings.warn(f"{len(both)} of {len(b)} images of {what} are training images too, {first_few(both, 3)}: {fix}")

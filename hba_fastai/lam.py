@@ -46,9 +46,10 @@ class Hyperparameters:
     def __init__(self,
         start:Tensor,   # λ (H,) at the start
         floor:Tensor|None=None, # λ (H,) that it may not fall below, unless it starts there; None: no bound within |λ| ≤ 15
-        groups:list|None=None   # See `adam`
+        groups:list|None=None,  # See `adam`
+        pull:float=0.           # Strength of the pull to the start, as AdamW has one to 0: where the gradients agree as m/√v = s, λ settles at start - s/pull
     ):
-        self.value,self.groups = start.clone(),groups
+        self.value,self.start,self.groups,self.pull = start.clone(),start,groups,pull
         self.lowest = torch.full_like(start, -LAM_FREE) if floor is None else torch.minimum(start, floor)
         self.highest = LAM_FREE if floor is None else LAM_MAX
         self.adam,self.series = adam_start(start),[]
@@ -61,7 +62,7 @@ class Hyperparameters:
 def step(self:Hyperparameters, g:Tensor, lr:float) -> Tensor: # Gradient (H,), learning rate α'
     "Move λ one step of Adam downhill, within its bounds (Eq. 11); returns whether the gradient was finite, on the device"
     new,self.adam,ok = adam(self.value, g, self.adam, lr, self.groups)
-    self.take(new)
+    self.take(new - torch.where(ok, lr*self.pull, 0.)*(self.value-self.start))
     self.series.append(g)
     return ok
 
@@ -79,7 +80,7 @@ def gradients(self:Hyperparameters) -> Tensor: # (steps, H)
 @patch
 def to(self:Hyperparameters, device) -> Hyperparameters:
     "This λ on `device`"
-    self.value,self.lowest = self.value.to(device),self.lowest.to(device)
+    self.value,self.start,self.lowest = (o.to(device) for o in (self.value,self.start,self.lowest))
     self.adam,self.series = tuple(o.to(device) for o in self.adam),[g.to(device) for g in self.series]
     return self
 

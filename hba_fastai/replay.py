@@ -16,6 +16,7 @@ from .schedule import *
 from .processes import shared_seed
 from .policy import Policies
 from .pba import PBAPolicy
+from .late import *
 from .transform import *
 
 # %% ../nbs/06e_replay.ipynb #3579d472
@@ -55,15 +56,21 @@ def hba_schedule(self:Learner):
 class PolicyCallback(Callback):
     "Augments the training batches by `policy` while a fit lasts, and takes it out again whatever happens"
     order,run_valid,_only_train_loop = 15,False,True # after the model is on its device (-10) and distributed (11), before Recorder (50)
-    _stateattrs = 'generators','undo','tfms'
+    _stateattrs = 'generators','undo','tfms','late'
     generators,undo,tfms = None,None,() # Sources of randomness by policy; what is to be undone and the `PolicyTransform`s, while a fit lasts
+    target,late = None,None             # The target images, and while a fit lasts the stream of their batches for training
     within,goes_on = False,False        # Is an epoch running? Does a second fit continue the first, as a search does?
     def __init__(self,
         policy,          # A policy, such as `TrivialAugmentWide()`, or a sum; with hyperparameters: at the start of their space
         sigma:float=1.,  # Standard deviation of ε, if there are hyperparameters
-        seed:int|None=None # Seed of its random streams; default: torch's current seed
+        seed:int|None=None, # Seed of its random streams; default: torch's current seed
+        target=None,     # Labelled images that join the training batches: a folder, files or a loader
+        until:float=0.6, # Share of the course after which they do
+        mix:float=0.5    # Share of each batch that they then take
     ):
+        check_late(target, until, mix)
         self.policies,self.sigma,self.seed,self.course = Policies(policy),sigma,seed,Course()
+        store_attr('target,until,mix')
 
     def before_fit(self):
         "Undo what an interrupted fit left, refuse what would be wrong, and open this fit"
@@ -80,11 +87,16 @@ class PolicyCallback(Callback):
         "Put the policy in place, the first time"
         if not self.tfms: self.attach()
 
+    def before_batch(self):
+        "Late in the course, target images take a share of the batch"
+        if self.late and self.is_late(): mix_in(self.learn, next(self.late), self.mix)
+
     def after_fit(self):
         "The fit ended well, or was cancelled: the course goes on behind it"
         self.close(ended=True)
 
     def progress(self) -> float: return self.course.progress(self.learn)
+    def is_late(self) -> bool: return self.target is not None and self.progress()>=self.until-1e-9
 
 # %% ../nbs/06e_replay.ipynb #f0b100d0
 @patch
@@ -140,9 +152,18 @@ def insert(self:PolicyCallback, policies, lam):
     device = self.device = torch.device(self.dls.device or next(self.model.parameters()).device)
     if self.generators is None:
         self.base_seed = shared_seed(self.seed, device)
-        self.generators = generators_for(policies, self.base_seed + rank_distrib(), device) # each process draws its own
-    on_device = lambda: lam().to(device, non_blocking=True)
-    self.tfms = self.undo.enter_context(policies_in(self.dls, policies.to(device), on_device, self.sigma, self.generators))
+        self.generators = generators_for(policies, self.base_seed + rank_distrib(), device, ['', 'target ']) # each process draws its own
+    on_device = lambda lam: lambda: lam().to(device, non_blocking=True)
+    if self.target is not None: self.join(policies.to(device), on_device(self.policies.space.start))
+    self.tfms = self.undo.enter_context(policies_in(self.dls, policies.to(device), on_device(lam), self.sigma, self.generators))
+
+@patch
+def join(self:PolicyCallback, policies, lam):
+    "Open the stream of the target images for training, under `policies` at `lam()`"
+    own = {p.name: self.generators[f'target {p.name}'] for p in policies.parts}
+    late = late_batches(self.learn, self.target, self.mix, policies, lam, self.sigma, own, self.base_seed, rank_distrib())
+    self.late = self.undo.enter_context(late)
+    self.undo.callback(setattr, self, 'late', None)
 
 # %% ../nbs/06e_replay.ipynb #e22138f0
 def as_schedule(o) -> Schedule:
@@ -173,9 +194,12 @@ class ScheduleCallback(PolicyCallback):
         schedule, # A `Schedule`, the name of its file, an `HBACallback` that searched, or its Learner
         sigma:float|None=None, # Standard deviation of ε, default: that of the search
         seed:int|None=None,    # Seed of its random streams; default: torch's current seed
-        policy=None            # The policies that it was found for, as a sum, unless that is `PBAPolicy` alone
+        policy=None,           # The policies that it was found for, as a sum, unless that is `PBAPolicy` alone
+        target=None, until:float=0.6, mix:float=0.5 # Labelled target images that join training, as in `PolicyCallback`
     ):
+        check_late(target, until, mix)
         self.schedule,self.seed,self.course = as_schedule(schedule),seed,Course()
+        store_attr('target,until,mix')
         self.policies = policies_of(self.schedule, policy)
         self.sigma = self.schedule.sigma if sigma is None else sigma
         if self.sigma<0: raise ValueError(f"sigma is {sigma} and must be 0 or more: it is the standard deviation of the noise on each hyperparameter")

@@ -48,6 +48,7 @@ class HBACallback(PolicyCallback):
         centred:bool=True,    # Layers hold θ̂(λ) and respond to the deviation; False: the paper's literal form while training
         start=None,           # Where λ starts, see `Space.start`: positions in the ranges, or `{name: value}` for some
         floor:float|None=0.02, # Lowest position in its range that a hyperparameter may take, unless it starts lower; None: no bound within |λ| ≤ 15
+        pull:float=0.4,       # Pull of λ to its start: an operation leaves it as far as its hypergradients agree; 0: none
         warmup:float=0.3,     # Share of the course in which the response to λ is learned and λ is frozen
         joint:bool=True,      # Adam divides by one second moment for each policy, so that small gradients make small steps; False: for each hyperparameter
         decay:bool=False,     # Does the optimizer's weight decay act on φ?
@@ -59,6 +60,9 @@ class HBACallback(PolicyCallback):
         skip=(),              # Names of operations that must not be used
         limits:dict|None=None, # Narrower ranges of magnitudes, `{'Rotate': (0,10)}`, in the units of Table 7
         valid=None,           # Data of the hyper-steps: None (`dls.valid`), a share or number of training items, a folder, files, a loader or `DataLoaders`
+        target=None,          # Labelled images like those that the model is for: they are the data of the hyper-steps, and then join training
+        until:float=0.6,      # With `target`: share of the course after which λ is frozen and they join the training batches
+        mix:float=0.5,        # and the share of each batch that they then take
         seed:int|None=None,   # Seed of its random streams; default: torch's current seed
         checkpoint=None,      # Name of a file in the Learner's model folder (or a path) to write after each epoch
         resume:bool=False     # Go on from the checkpoint, if there is one
@@ -66,7 +70,7 @@ class HBACallback(PolicyCallback):
         store_attr(but='start,policy,skip,limits')
         check_arguments(self)
         self.policies = searched_policies(policy, skip, limits)
-        self.start = self.policies.space.start(start)
+        self.start,self.hyper_data = self.policies.space.start(start),valid if target is None else target
         self.forget()
 
     @classmethod
@@ -81,7 +85,7 @@ class HBACallback(PolicyCallback):
         Yours are the SGD of φ (its momentum, and with `wd_bn_bias` whether norms decay), the batches (Algorithm 1 has one size for both kinds,
         as here unless `valid` is a loader), and the transforms behind the policy (4.2: standardization, flip, crop, Cutout)"""
         form = dict(strategy='first_bn', condition='lambda', centred=False, joint=False, fast=False)
-        return cls(**{**form, **dict(start=START, floor=None, warmup=0., hlr=0.03), **kwargs})
+        return cls(**{**form, **dict(start=START, floor=None, pull=0., warmup=0., hlr=0.03), **kwargs})
 
     def before_fit(self):
         "Open the fit; read the checkpoint that it goes on from"
@@ -93,11 +97,13 @@ class HBACallback(PolicyCallback):
         "Attach, the first time; un-centred layers hold φ0 from here to the end of the epoch's training"
         PolicyCallback.before_train(self)
         self.hyper_steps = Steps()
-        self.net.hold_phi0(True)
+        self.net.hold_phi0(not self.is_late())
 
     def before_batch(self):
-        "Sample i meets its own network θ̂(λ+ε_i)"
-        self.net.respond(self.z_batch())
+        "Sample i meets its own network θ̂(λ+ε_i), until λ is frozen and target images join"
+        if self.is_late(): self.plain_network()
+        else: self.net.respond(self.z_batch())
+        PolicyCallback.before_batch(self)
 
     def before_backward(self):
         "The step of this batch counts unless it is cancelled"
@@ -145,7 +151,7 @@ def forget(self:HBACallback):
 def new_lam(self:HBACallback) -> Hyperparameters:
     "λ at the start"
     floor = None if self.floor is None else self.policies.space.start(self.floor)
-    return Hyperparameters(self.start, floor, self.policies.sizes if self.joint else None)
+    return Hyperparameters(self.start, floor, self.policies.sizes if self.joint else None, self.pull)
 
 # %% ../nbs/07_search.ipynb #5dad7665
 @patch
@@ -158,21 +164,13 @@ def refuse(self:HBACallback):
 def open(self:HBACallback, again:bool):
     "Before the first epoch; `again`: a search begins, or one that was stopped"
     self.loss0,self.hyper_steps = self.hyper_loss or self.learn.loss_func,Steps()
-    self.undo.enter_context(shown(self.learn, self.columns()))
+    self.undo.enter_context(shown(self.learn, columns(self.policies.space, lambda: self.lam, lambda: self.hyper_steps)))
     if not self.checkpoint: return
-    with target_batches(self.learn, self.valid, 0) as stream: self.settings = resuming.described(self, stream)
+    with target_batches(self.learn, self.hyper_data, 0) as stream: self.settings = resuming.described(self, stream)
     self.saved = resuming.read(self) if self.resume and again else None
     if self.saved is None: return
     resuming.load_before(self, self.saved)
     self.schedule = _schedules[self.learn] = self.schedule_so_far()
-
-@patch
-def columns(self:HBACallback) -> dict:
-    "What the progress table shows of the search"
-    is_p = torch.tensor([n.endswith('.p') for n in self.policies.space.names])
-    mean = lambda part: self.lam.value.cpu()[part].sigmoid().mean().item() if part.any() else None
-    of_lam = {'mean_p': lambda: mean(is_p), 'mean_mag': lambda: mean(~is_p)}
-    return {'hyper_loss': lambda: self.hyper_steps.loss(), **of_lam, 'skipped': lambda: self.hyper_steps.skipped()}
 
 # %% ../nbs/07_search.ipynb #95e66c04
 @patch
@@ -185,7 +183,7 @@ def attach(self:HBACallback):
     self.bound = self.policies.bound(data, self.sigma)
     self.inactive = [o for o in self.bound.skip if o not in self.policies.skip]
     self.insert(self.bound, lambda: self.lam.value)
-    self.stream = enter(target_batches(self.learn, self.valid, self.base_seed, rank_distrib()))
+    self.stream = enter(target_batches(self.learn, self.hyper_data, self.base_seed, rank_distrib()))
     self.undo.callback(setattr, self, 'stream', None) # with its loader, which holds generators: `export` could not pickle them
     self.lam.to(self.device)
     chosen,z = select(model, tuple(o.as_subclass(Tensor) for o in b[:self.dls.n_inp]), self.strategy),self.z(self.lam.value)
@@ -209,8 +207,8 @@ def refuse_old_model(self:HBACallback):
 @patch
 def begin(self:HBACallback, reason:str):
     "What the search begins with, or goes on from"
-    if self.clock.wait is None: self.clock.wait = self.warmup*self.course.total
-    n = steps_per_epoch(self.learn)*(self.course.total-self.clock.wait)/self.T_train*self.T_val
+    if self.clock.wait is None: self.clock.plan(self.course.total, self.warmup, 1. if self.target is None else self.until)
+    n = self.clock.n_steps(steps_per_epoch(self.learn))*self.T_val
     self.rate,self.searched = default_hlr(n) if self.hlr is None else self.hlr,weakref.ref(get_model(self.model))
     self.generators.setdefault('exploit', torch.Generator(self.device).manual_seed(self.base_seed)) # the same in all processes
     if self.saved: resuming.load_behind(self, self.saved)

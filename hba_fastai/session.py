@@ -7,7 +7,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/session.html.md"""
 # %% auto #0
 __all__ = ['DIGITS_LR', 'check_numbers', 'check_out', 'chosen', 'n_hyper_steps', 'say_plan', 'cell', 'row_writer',
            'one_line_per_epoch', 'keep', 'KeepCallback', 'words', 'kept', 'search', 'say_found', 'search_folder',
-           'digits_net', 'digits_learner', 'error_on_test', 'at_start', 'compare_on_digits', 'search_digits', 'run']
+           'digits_net', 'other_camera', 'digits_learner', 'error_of', 'fit_quietly', 'fine_tuned', 'rivals_on_digits',
+           'run']
 
 # %% ../nbs/07c_session.ipynb #9e9c94d2
 import re,sys,tempfile,time
@@ -19,6 +20,8 @@ from .search import *
 from .data import *
 from .folder import *
 from .items import check_readable
+from .ops import OPS
+from .pba import PBAPolicy
 from .replay import *
 from .schedule import *
 from .space import *
@@ -70,7 +73,8 @@ def chosen(strategy=None, skip=None, limits=None) -> dict:
 # %% ../nbs/07c_session.ipynb #65a82e6b
 def n_hyper_steps(hba, n_batches:int) -> int:
     "Number of hyper-steps in a training of `n_batches`"
-    return hba.T_val*sum(i>=hba.warmup*n_batches for i in range(hba.T_train, n_batches+1, hba.T_train))
+    until = 1 if hba.target is None else hba.until
+    return hba.T_val*sum(hba.warmup<=i/n_batches<=until+1e-9 for i in range(hba.T_train, n_batches+1, hba.T_train))
 
 def say_plan(learn, hba, epochs:int, out:Path):
     "Say what the training will be, and refuse one without hyper-steps"
@@ -78,8 +82,9 @@ def say_plan(learn, hba, epochs:int, out:Path):
     steps = n_hyper_steps(hba, epochs*n)
     if not steps: raise CliError(f"--epochs {epochs} with {n} batches each gives no hyper-step, of which a search is made: "
         "give more --epochs or a smaller --bs")
+    joins = '' if hba.target is None else f"        target images take {hba.mix:.0%} of each batch after {hba.until:.0%}, when the policy is fixed\n"
     print(f"Search: {epochs} epoch{'s'[:epochs>1]} of {n} batches, {sets[0]} training and {sets[1]} validation images\n"
-          f"        {steps} hyper-steps, one every {hba.T_train} batches after {hba.warmup:.0%} of the training\n"
+          f"        {steps} hyper-steps, one every {hba.T_train} batches after {hba.warmup:.0%} of the training\n{joins}"
           f"{'Replaces' if out.exists() else 'Writes'} {out}", flush=True)
 
 # %% ../nbs/07c_session.ipynb #17f0d4dd
@@ -169,61 +174,73 @@ def search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed):
     search(learn, hba, epochs, lr, out)
     say_found(hba, out, picture)
 
-# %% ../nbs/07c_session.ipynb #e48d1b02
+# %% ../nbs/07c_session.ipynb #e592c349
 def digits_net() -> nn.Module:
     "A small convolutional network for 16x16 images"
     body = ConvLayer(3, 16),ConvLayer(16, 32, stride=2),ConvLayer(32, 64, stride=2)
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
-def digits_learner(seed:int) -> Learner:
-    "A new Learner for the digits"
-    set_seed(seed)
-    return Learner(digits_dls(seed=seed), digits_net(), metrics=error_rate)
+# %% ../nbs/07c_session.ipynb #64f70d3a
+def other_camera(x:Tensor, seed:int) -> Tensor: # Bytes (N,C,H,W)
+    "The images as another camera would give them: pale, and held at an angle of up to 30 degrees"
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda lo,hi: torch.rand(len(x), generator=g)*(hi-lo)+lo
+    x = OPS['Rotate'](OPS['Contrast'](x.float()/255, draw(0.12, 0.37)), draw(-30, 30), fill=torch.zeros(3))
+    return (x.clamp(0, 1)*255).round().byte()
 
-def error_on_test(learn) -> float:
-    "Error in percent on the third DataLoader"
-    with learn.no_bar(): preds,targs = learn.get_preds(dl=learn.dls[2])
+# %% ../nbs/07c_session.ipynb #1d4bc1a3
+def digits_learner(seed:int, same:bool=False) -> Learner:
+    "A new Learner for the digits: 500 to train on, 1197 unseen and then 100 labelled ones of the other camera; or of the `same`"
+    x,y = digits()
+    i = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split([500,1197,100])
+    seen_by = (lambda x, seed: x) if same else other_camera
+    sets = [(x[i[0]],y[i[0]]), *[(seen_by(x[j], seed+k),y[j]) for k,j in enumerate(i[1:])]]
+    set_seed(seed)
+    return Learner(array_dls(*sets, vocab=[str(o) for o in range(10)], bs=50), digits_net(), metrics=error_rate)
+
+# %% ../nbs/07c_session.ipynb #bbc437d1
+def error_of(learn) -> float:
+    "Error in percent on the unseen images"
+    with learn.no_bar(): preds,targs = learn.get_preds()
     return 100*(preds.argmax(1)!=targs).float().mean().item()
 
-def at_start(schedule) -> Schedule:
-    "The policy with which the search of `schedule` began, for a whole training"
-    return Schedule([0.], schedule.table[:1], schedule.sigma, schedule.provenance)
-
-# %% ../nbs/07c_session.ipynb #078258fa
+# %% ../nbs/07c_session.ipynb #8f96eab9
 DIGITS_LR = 1e-2
 
-def compare_on_digits(hba, epochs, seed) -> tuple: # ({training: test error in percent}, number of test images)
-    "Train anew without augmentation, with the start of the search, and with its schedule"
-    start = at_start(hba.schedule)
-    arms = {'no augmentation': None, 'policy fixed at the start value': start, 'replayed schedule': hba.schedule}
-    errors = {}
-    for title,schedule in arms.items():
-        print(f'\nTraining: {title}', flush=True)
-        learn = digits_learner(seed)
-        cb = schedule and ScheduleCallback(schedule, seed=seed)
-        with one_line_per_epoch(learn): learn.fit_one_cycle(epochs, DIGITS_LR, cbs=cb)
-        errors[title] = error_on_test(learn)
-    return errors,len(learn.dls[2].dataset)
+def fit_quietly(learn, epochs:int, lr:float, cbs=None) -> Learner:
+    "Train without a word, and without a look at the unseen images"
+    def skip(self): raise CancelValidException
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=[Callback(before_validate=skip), *L(cbs)])
+    return learn
 
-def search_digits(hba, epochs, out, picture, seed):
-    "Search on the digits, replay, and compare"
-    learn = digits_learner(seed)
-    say_plan(learn, hba, epochs, out)
-    print("Then 3 trainings of the same length compare what was found")
-    search(learn, hba, epochs, DIGITS_LR, out)
-    errors,n = compare_on_digits(hba, epochs, seed+1)
-    print(f'\nError on {n} test images that neither lambda nor weights saw (one seed; one image is {100/n:.2f}%):')
-    for k,e in errors.items(): print(f'  {k:32} {e:5.2f}%')
-    say_found(hba, out, picture)
+# %% ../nbs/07c_session.ipynb #32f8dc0c
+def fine_tuned(learn, passes:int=30) -> Learner:
+    "`learn` trained further, on the target images alone"
+    learn.dls = DataLoaders(learn.dls[2].new(shuffle=True, drop_last=False), learn.dls.valid)
+    return fit_quietly(learn, passes, DIGITS_LR/3)
+
+# %% ../nbs/07c_session.ipynb #9d006114
+def rivals_on_digits(epochs, seed, same) -> dict: # {training: error in percent}
+    "What else can be done with the target images"
+    alone,late = (digits_learner(seed, same) for _ in range(2))
+    errors = {'trained on the 500 alone': error_of(fit_quietly(alone, epochs, DIGITS_LR))}
+    errors['then fine-tuned on the 100'] = error_of(fine_tuned(alone))
+    fit_quietly(late, epochs, DIGITS_LR, PolicyCallback(PBAPolicy(), seed=seed, target=late.dls[2]))
+    return {**errors, 'the 100 mixed in late, a fixed policy': error_of(late)}
 
 # %% ../nbs/07c_session.ipynb #5844c11c
-def run(path, arch, epochs, out, size, bs, lr, seed, strategy, skip, limits):
+def run(path, arch, epochs, out, size, bs, lr, seed, strategy, skip, limits, target, same):
     "What `hba_search` does"
-    t = time.time()
+    t,demo = time.time(),path is None
+    epochs = epochs or (90 if demo else 30)
     check_numbers(epochs, size, bs, lr, seed)
-    hba = HBACallback(seed=seed, **chosen(strategy, skip, limits))
+    if demo and target: raise CliError(f"--target {target} needs images to train on, and the digits bring a target of their own: give a PATH")
+    if same and not demo: raise CliError(f"--same is for the digits, and {path} is given: leave it out")
     out,picture = check_out(out)
+    learn = digits_learner(seed, same) if demo else None
+    try: hba = HBACallback(seed=seed, target=learn.dls[2] if demo else target, **chosen(strategy, skip, limits))
+    except (ValueError,TypeError) as e: raise CliError(str(e)) from None
     with kept(hba, out):
-        if path is None: search_digits(hba, epochs, out, picture, seed)
+        if demo: search_digits(learn, hba, epochs, out, picture, seed, same)
         else: search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed)
     print(f"{time.time()-t:.0f} seconds")

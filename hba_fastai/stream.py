@@ -44,9 +44,9 @@ def _pipelines(dl):
     pipes = {nm:getattr(dl, nm, None) for nm in ('after_item','before_batch','after_batch')}
     return {nm:p for nm,p in pipes.items() if isinstance(p, Pipeline)}
 
-def _before_iter(dl, before):
+def _before_iter(dl, before, split_idx):
     before() if before else type(dl).before_iter(dl)
-    for p in _pipelines(dl).values(): p.split_idx = 1
+    for p in _pipelines(dl).values(): p.split_idx = split_idx
 
 def valid_side(ds):
     "The items of a data set of fastai, with the transforms of validation"
@@ -57,18 +57,19 @@ def valid_side(ds):
 def own_loader(
     dl,               # A loader of fastai
     num_workers=None, # Default: as many as `dl` has
+    split_idx:int=1,  # With the transforms of validation, 1, or of training, 0
     **attrs           # Attributes that it should have
 ) -> DataLoader:
-    "A loader that reads what `dl` reads, with the transforms of validation, and shares nothing with it that iterating changes"
+    "A loader that reads what `dl` reads, and shares nothing with it that iterating changes"
     res = copy(dl)
-    res.dataset,res.rng = valid_side(dl.dataset),random.Random(0)
+    res.dataset,res.rng = valid_side(dl.dataset) if split_idx else dl.dataset,random.Random(0)
     fake = res.fake_l = copy(dl.fake_l) # what torch's worker processes see of it
     fake.dataset,fake.d,fake.default = fake,res,res
     fake.persistent_workers = False
     if num_workers is not None: fake.num_workers = num_workers
-    for_training = lambda t: getattr(t, 'split_idx', None)==0
-    for nm,p in _pipelines(dl).items(): setattr(res, nm, Pipeline(p.fs.filter(for_training, negate=True), split_idx=1))
-    res.before_iter = partial(_before_iter, res, vars(dl).get('before_iter'))
+    other_side = lambda t: getattr(t, 'split_idx', None)==1-split_idx
+    for nm,p in _pipelines(dl).items(): setattr(res, nm, Pipeline(p.fs.filter(other_side, negate=True), split_idx=split_idx))
+    res.before_iter = partial(_before_iter, res, vars(dl).get('before_iter'), split_idx)
     for k,v in attrs.items(): setattr(res, k, v)
     return res
 
@@ -181,19 +182,21 @@ def stream_of(
     seed:int,   # Of the stream
     idxs=None,  # The items to take; None: all, or what the loader chooses if it chooses itself
     bs:int|None=None, # Default: that of `dl`
-    what:str='a DataLoader' # One phrase, for messages
+    what:str='a DataLoader', # One phrase, for messages
+    split_idx:int=1   # For the hyper-steps, 1, or for training, 0, where an image may be in a batch twice
 ) -> HyperBatches:
     "The endless stream of the items of `dl`"
     fastai,ds = isinstance(dl, DataLoader),dl.dataset
     if idxs is None and not _in_order(dl):
-        own = own_loader(dl, **({'shuffle':True} if dl.indexed else {})) if fastai else copy(dl)
+        own = own_loader(dl, split_idx=split_idx, **({'shuffle':True} if dl.indexed else {})) if fastai else copy(dl)
         return HyperBatches(own, device, seed, what=what)
     idxs = range(dl.n if fastai else len(ds)) if idxs is None else idxs
     if not len(idxs): raise ValueError(f"The hyper-steps need items and {what} has none: use other data")
     labels = labels_of(ds)
     order = Order(idxs, None if labels is None else labels[idxs], seed)
-    bs = min(bs or (dl.bs if fastai else dl.batch_size), len(order))
-    if fastai: own = own_loader(dl, n=len(ds), bs=bs, shuffle=False, drop_last=False, get_idxs=partial(noop, order))
+    bs = bs or (dl.bs if fastai else dl.batch_size)
+    if split_idx: bs = min(bs, len(order)) # no image twice in a hyper-batch
+    if fastai: own = own_loader(dl, split_idx=split_idx, n=len(ds), bs=bs, shuffle=False, drop_last=False, get_idxs=partial(noop, order))
     else:
         same = 'num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor'.split()
         own = torch_data.DataLoader(ds, batch_size=bs, sampler=order, **{k:getattr(dl, k) for k in same})

@@ -107,9 +107,10 @@ def policy_in(dls, policy:Policy, lam, sigma:float, generator:torch.Generator):
     finally: pipe.fs = pipe.fs.filter(lambda o: o is not tfm)
 
 # %% ../nbs/06c_transform.ipynb #2bdd2182
-def generators_for(policies:Policies, seed:int, device) -> dict:
+def generators_for(policies:Policies, seed:int, device, uses=('',)) -> dict: # `uses`: what stands before the name in each use of a policy
     "`{name: generator}`, each with its own seed"
-    return {p.name: torch.Generator(device).manual_seed((seed+crc32(p.name.encode()))%2**63) for p in policies.parts}
+    names = [use+p.name for use in uses for p in policies.parts]
+    return {o: torch.Generator(device).manual_seed((seed+crc32(o.encode()))%2**63) for o in names}
 
 @contextmanager
 def policies_in(dls, policies:Policies, lam, sigma:float, generators:dict):

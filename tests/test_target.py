@@ -156,7 +156,7 @@ def test_classes_are_matched_by_name(root, form):
     dls = folder(root)
     upper = lambda: ImageDataLoaders.from_folder(root/'upper', valid_pct=0.5, seed=1, bs=10, num_workers=0, item_tfms=Resize(12), batch_tfms=NORM)
     valid = {'folder':lambda: root/'upper', 'list':lambda: get_image_files(root/'upper'), 'own loader':lambda: upper().valid, 'own DataLoaders':upper}[form]()
-    with pytest.warns(UserWarning, match='has no image of 5 of 10 classes, 0, 1, 2, 3, 4: the hyper-steps do not see them'): stream,batches = take(valid, dls)
+    with pytest.warns(UserWarning, match='has no image of 5 of 10 classes, 0, 1, 2, 3, 4: it says nothing about them'): stream,batches = take(valid, dls)
     for x,y in batches: assert y.min()>=5 and torch.equal(true_labels(x), y)
     assert [stream.counts[str(i)] for i in range(5)]==[0]*5 and sum(stream.counts.values())==stream.n
 
@@ -284,7 +284,7 @@ def test_several_labels_numbers_and_masks(root, task):
 
 def test_masks_of_files_that_have_none(root):
     dls = block(root, MaskBlock(['back','ink']), get_y=lambda f: ink(f if 'train' in str(f) else f.with_suffix('.mask')))
-    match = r'folder .*target gives no labels for this Learner, whose own labelling does not take files \(FileNotFoundError\): give `valid` a loader'
+    match = r'folder .*target gives no labels for this Learner, whose own labelling does not take files \(FileNotFoundError\): give a loader'
     with pytest.raises(ValueError, match=match): take(root/'target', dls)
 
 def test_two_labellings_that_disagree(root):
@@ -304,7 +304,7 @@ def test_a_folder_for_data_that_fastai_does_not_read(root):
     x,y = digits(12)
     ds = torch_data.TensorDataset(x/255, y)
     dls = DataLoaders(*[TfmdDL(ds, bs=20, num_workers=0) for _ in range(2)])
-    match = 'needs data that fastai reads, e.g. by ImageDataLoaders, and this Learner has a TensorDataset: give `valid` a loader'
+    match = 'needs data that fastai reads, e.g. by ImageDataLoaders, and this Learner has a TensorDataset: give a loader'
     with pytest.raises(TypeError, match=match): take(root/'target', dls)
 
 # --- refusals
@@ -401,7 +401,7 @@ def test_images_of_both_sets_are_named(root, tmp_path):
     files = get_image_files(root/'target')
     both = [dls.train_ds.items[i] for i in (0,7)]
     for valid in (files+both, dls.test_dl(list(files)+both, with_labels=True)):
-        match = f'2 of 62 images of .* are training images too, .*{both[0].name}, .*{both[1].name}: the hyper-steps need images'
+        match = f'2 of 62 images of .* are training images too, .*{both[0].name}, .*{both[1].name}: these show no difference'
         with pytest.warns(UserWarning, match=match): take(valid, dls)
     write(tmp_path/'t', range(200,260))
     (tmp_path/'t'/both[0].parent.name/'link.png').symlink_to(both[0]) # the same file by another name
