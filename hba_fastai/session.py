@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/session.html.md"""
 __all__ = ['DIGITS_LR', 'check_numbers', 'check_out', 'chosen', 'n_hyper_steps', 'say_plan', 'cell', 'row_writer',
            'one_line_per_epoch', 'keep', 'KeepCallback', 'words', 'kept', 'search', 'say_found', 'search_folder',
            'digits_net', 'other_camera', 'digits_learner', 'error_of', 'fit_quietly', 'fine_tuned', 'rivals_on_digits',
-           'run']
+           'search_digits', 'run']
 
 # %% ../nbs/07c_session.ipynb #9e9c94d2
 import re,sys,tempfile,time
@@ -213,13 +213,12 @@ def fit_quietly(learn, epochs:int, lr:float, cbs=None) -> Learner:
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=[Callback(before_validate=skip), *L(cbs)])
     return learn
 
-# %% ../nbs/07c_session.ipynb #32f8dc0c
 def fine_tuned(learn, passes:int=30) -> Learner:
     "`learn` trained further, on the target images alone"
     learn.dls = DataLoaders(learn.dls[2].new(shuffle=True, drop_last=False), learn.dls.valid)
     return fit_quietly(learn, passes, DIGITS_LR/3)
 
-# %% ../nbs/07c_session.ipynb #9d006114
+# %% ../nbs/07c_session.ipynb #32f8dc0c
 def rivals_on_digits(epochs, seed, same) -> dict: # {training: error in percent}
     "What else can be done with the target images"
     alone,late = (digits_learner(seed, same) for _ in range(2))
@@ -227,6 +226,19 @@ def rivals_on_digits(epochs, seed, same) -> dict: # {training: error in percent}
     errors['then fine-tuned on the 100'] = error_of(fine_tuned(alone))
     fit_quietly(late, epochs, DIGITS_LR, PolicyCallback(PBAPolicy(), seed=seed, target=late.dls[2]))
     return {**errors, 'the 100 mixed in late, a fixed policy': error_of(late)}
+
+# %% ../nbs/07c_session.ipynb #9d006114
+def search_digits(learn, hba, epochs, out, picture, seed, same):
+    "One fit on the digits, and a table with its rivals"
+    print(f"Digits: 500 to train on; {'others of the same' if same else 'of another'} camera: 100 with labels, and 1197 that nothing learns from")
+    say_plan(learn, hba, epochs, out)
+    search(learn, hba, epochs, DIGITS_LR, out)
+    found = error_of(learn)
+    print('\nThe other things that one can do with the 100, for comparison ...', flush=True)
+    errors = {**rivals_on_digits(epochs, seed, same), 'one fit with HBACallback(target=...)': found}
+    print(f'\nError on the 1197 images of the {"same" if same else "other"} camera (one seed; one image is {100/1197:.2f}%):')
+    for k,e in errors.items(): print(f'  {k:40} {e:5.2f}%')
+    say_found(hba, out, picture)
 
 # %% ../nbs/07c_session.ipynb #5844c11c
 def run(path, arch, epochs, out, size, bs, lr, seed, strategy, skip, limits, target, same):
