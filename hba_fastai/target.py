@@ -213,7 +213,8 @@ def target_batches(
     learn,
     valid,      # See `check_valid`
     seed:int,   # Of the hold-out and of the stream, the same in all processes
-    rank:int=0  # Of this process: each draws its own order
+    rank:int=0, # Of this process: each draws its own order
+    share:float=1. # Size of a batch as a share of a training batch; a loader that is given has its own
 ):
     "The stream of the batches of the hyper-steps; afterwards the loaders of `learn` are as before"
     check_valid(valid)
@@ -222,7 +223,7 @@ def target_batches(
         t,n_inp = training_batch(train)
         single = len(t)-n_inp==1 and isinstance(t[-1], Tensor) and not t[-1].is_floating_point()
         dl,idxs,bs,what = _source(dls, valid, seed, undo)
-        stream = stream_of(dl, dls.device or next(learn.model.parameters()).device, seed+rank, idxs, bs, what)
+        stream = stream_of(dl, dls.device or next(learn.model.parameters()).device, seed+rank, idxs, bs and max(1, round(share*bs)), what)
         undo.callback(stream.close)
         vocab,labels = vocab_of(dls),labels_of(dl.dataset) if stream.order else None
         n_classes = len(vocab) if vocab else getattr(dls, 'c', None)
