@@ -23,7 +23,8 @@ from hba_fastai.space import PBASpace
 
 MODELS = { # network, image size, batch
     'wrn-16-2': (lambda: wrn(16,2), 32, 128),
-    'resnet18': (lambda: resnet18(num_classes=10), 64, 64)}
+    'resnet18': (lambda: resnet18(num_classes=10), 64, 64),
+    'resnet18-32': (lambda: resnet18(num_classes=10), 32, 128)}
 STRATEGIES = ['first_bn','first_conv','bn','conv','conv+bn']
 
 def learner(model, batches, device, tfms=()):
@@ -146,7 +147,7 @@ def table(d): return '\n'.join([*(l for m,r in d['models'].items() for l in rows
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
-    ap.add_argument('--models', nargs='+', default=list(MODELS))
+    ap.add_argument('--models', nargs='+', default=['wrn-16-2','resnet18'], choices=list(MODELS))
     ap.add_argument('--device', default='cpu')
     ap.add_argument('--threads', type=int, default=1)
     ap.add_argument('--rounds', type=int, default=5)
