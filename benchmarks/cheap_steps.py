@@ -164,6 +164,52 @@ def whole(of, arm, until=1.):
     "Time of a fit ÷ a plain one: λ rests to 30%, hyper-steps until `until`, then the policy alone; `of`: see `phases`"
     return 0.3*of['response'] + (until-0.3)*of[arm] + (1-until)*of['policy']
 
+# --- the table
+
+def difference(v):
+    "Mean ± standard error of paired differences"
+    return '{:+.2f} ± {:.2f}'.format(*mean_se(v))
+
+def effect_row(arm, runs):
+    "Cells of one arm, beside T2 in the same searches"
+    rs,old = ({(r['shift'],r['seed']): r for r in runs if r['arm']==a} for a in (arm,'T2'))
+    k = [rank(r)+1 for r in rs.values()]
+    shifts = dict.fromkeys(s for s,_ in rs)
+    places = ' '.join(f"{s}:{','.join(str(rank(r)+1) for (o,_),r in rs.items() if o==s)}" for s in shifts)
+    pairs = [(rs[i],old[i]) for i in rs if i in old]
+    against = ['',''] if arm=='T2' else [difference([f(a)-f(b) for a,b in pairs]) for f in (lead,lambda r: r['test_error'])]
+    means = f"{np.mean([lead(r) for r in rs.values()]):.2f}",f"{np.mean([r['test_error'] for r in rs.values()]):.1f}"
+    T,moves,share = ARMS[arm].values()
+    return [arm,T,moves,f'{share:g}',len(k),sum(p==1 for p in k),sum(p<=3 for p in k),places,means[0],against[0],means[1],against[1]]
+
+EFFECT = ['arm','training steps between','steps of λ','batch','runs','first','first three','places, per shift',
+          'lead, bits','against T2','test error %','against T2']
+COST = ['arm','hyper-step ÷ training step','step with hyper-steps','fit','fit, λ at rest from 60%']
+
+def table():
+    "All results as Markdown"
+    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
+    head = lambda cells: [line(cells),line(['---']*len(cells))]
+    out = []
+    for task in ('digits','long'):
+        if runs := read(task):
+            out += [f'**{task}**: the planted operation (see `planted.py`); differences are paired, mean ± standard error.', '', *head(EFFECT)]
+            out += [line(effect_row(a, runs)) for a in ARMS if any(r['arm']==a for r in runs)]
+            e = runs[-1]['environment']
+            out += ['', f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
+    f = OUT/'cost.json'
+    if not f.exists(): return '\n'.join(out)
+    c = json.loads(f.read_text())
+    of = phases(c)
+    again,response = c['steps']['plain again'],sum((c['steps'][a] for a in ARMS), [])
+    own = {a: float(np.median(c['hyper'][a]))*ARMS[a]['T_train'] for a in ARMS}
+    out += [f"**Cost** ({c['model']}: images of 32 pixels, batches of 128), time ÷ that of a plain fit: a training step under a policy alone "
+            f"{of['policy']:.2f}, while the response is learned {of['response']:.2f} (the median of {len(response)} fits, {min(response):.2f} to "
+            f"{max(response):.2f}; plain against plain {min(again):.2f} to {max(again):.2f}: that is the noise). "
+            "Fits by these parts: response to 30%, then hyper-steps to the end, or to 60% and the policy alone behind.", '', *head(COST)]
+    out += [line([a, f'{own[a]:.2f}', f'{of[a]:.2f}', f'{whole(of, a):.2f}', f'{whole(of, a, 0.6):.2f}']) for a in ARMS]
+    return '\n'.join([*out, '', footer(c['environment']), ''])
+
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
     ap.add_argument('--task', default='digits', choices=list(TASKS))
@@ -172,9 +218,11 @@ if __name__=='__main__':
     ap.add_argument('--shifts', nargs='+')
     ap.add_argument('--cost', action='store_true', help='measure the cost of a training step instead')
     ap.add_argument('--rounds', type=int, default=3)
+    ap.add_argument('--table', action='store_true', help='only write the table')
     a = ap.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
     if a.cost: save_json(OUT/'cost.json', cost('resnet18-32', a.rounds))
-    for seed in [] if a.cost else a.seeds:
+    for seed in [] if a.cost or a.table else a.seeds:
         for shift in a.shifts or TASKS[a.task][6]: run(a.task, a.arms, shift, seed)
+    OUT.with_suffix('.md').write_text(table())

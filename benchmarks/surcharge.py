@@ -64,11 +64,12 @@ def ratios(model, rounds, batches, device, whole):
             rows[k].append(2*b/(a+c)) # between two plain fits, so that a drift of the machine cancels
             a = c
     total,transform,steps,hyper = parts(model, batches, device, sync)
+    n = batches//HBACallback().T_train
     spread = lambda v: dict(ratio=float(np.median(v)), low=min(v), high=max(v), rounds=len(v))
     return dict(ratios={k: spread(v) for k,v in rows.items()},
                 share_of_search=dict(transform=transform/total, forward_backward_step=steps/total, hyper_step=hyper/total),
-                steps=batches, hyper_steps=batches//2,
-                hyper_step_in_training_steps=(hyper/(batches//2))/(steps/batches))
+                steps=batches, hyper_steps=n,
+                hyper_step_in_training_steps=(hyper/n)/(steps/batches))
 
 def parts(model, batches, device, sync):
     "Seconds of a search, and of its transforms, training steps and hyper-steps"

@@ -40,10 +40,10 @@ class HBACallback(PolicyCallback):
     searched,stream,bound = None,None,None # The model that was searched with; the target batches and the policies for these data, while a fit lasts
     def __init__(self,
         strategy='auto',      # Which layers respond to λ: a name (see `select`), a list of modules, or a predicate on modules
-        T_train:int=2,        # Training steps between hyper-steps
+        T_train:int=4,        # Training steps between hyper-steps
         T_val:int=1,          # Hyper-steps in a row
-        moves:int=1,          # Steps of Adam on λ in a hyper-step, all by its one gradient of the loss by z
-        share:float=1.,       # Images of a hyper-step, as a share of a training batch; a loader given as `valid` has a batch size of its own
+        moves:int=2,          # Steps of Adam on λ in a hyper-step, all by its one gradient of the loss by z
+        share:float=0.25,     # Images of a hyper-step, as a share of a training batch; a loader given as `valid` has a batch size of its own
         sigma:float=1.,       # Standard deviation of ε
         hlr:float|None=None,  # Learning rate α' of Adam on λ; default: `default_hlr` of the length of the course
         condition:str='dose', # What the hyper-layers respond to: 'dose' (what was done to each image) or 'lambda' (λ+ε, the paper's)
@@ -82,7 +82,7 @@ class HBACallback(PolicyCallback):
         geometric operations take the nearest pixel and holes the mean colour (`policy=PBAPolicy(fill, bilinear)`).
         Yours are the SGD of φ (its momentum, and with `wd_bn_bias` whether norms decay), the batches (Algorithm 1 has one size for both kinds,
         as here unless `valid` is a loader), and the transforms behind the policy (4.2: standardization, flip, crop, Cutout)"""
-        form = dict(strategy='first_bn', condition='lambda', centred=False, joint=False, fast=False)
+        form = dict(strategy='first_bn', condition='lambda', centred=False, joint=False, fast=False, T_train=2, moves=1, share=1.)
         return cls(**{**form, **dict(start=START, floor=None, warmup=0., hlr=0.03), **kwargs})
 
     def before_fit(self):

@@ -283,7 +283,8 @@ def test_a_model_without_batch_norm():
     assert hba.schedule.provenance['layers']==['0']
 
 @pytest.mark.parametrize('kw', [
-    dict(T_train=0), dict(T_val=0), dict(T_train=1.5), dict(moves=0), dict(moves=1.5), dict(share=0), dict(share=1.1), dict(sigma=-1), dict(sigma=float('nan')), dict(hlr=0), dict(condition='x'),
+    dict(T_train=0), dict(T_val=0), dict(T_train=1.5), dict(moves=0), dict(moves=1.5), dict(share=0), dict(share=1.1),
+    dict(sigma=-1), dict(sigma=float('nan')), dict(hlr=0), dict(condition='x'),
     dict(start=0), dict(start=1.2), dict(start={'Invert_0.p': 1.01}), dict(start={'Invert_0.p': -0.1}), dict(start={'Inwert_0.p': 0.1}),
     dict(start={'Rotate_0.m': 31}), dict(exploit='worst'), dict(exploit='best', sigma=0), dict(population_size=1)])
 def test_arguments_that_do_not_fit(kw):
