@@ -75,11 +75,13 @@ TASKS = { # sets, network, batch, epochs, learning rate, weight decay, shifts, p
 
 # --- configurations
 
+STEPS = dict(T_train=2, moves=1, share=1.) # the hyper-steps of all that follows but the default (see cheap_steps.py)
+
 class Variant(HBACallback):
     "`HBACallback` with what was tried and did not become an option"
     def __init__(self, bare=False, scale=None, groups=None, **kwargs):
         self.bare,self.scale,self.groups = bare,scale,groups
-        super().__init__(**kwargs)
+        super().__init__(**{**STEPS, **kwargs})
 
     def insert(self, policies, lam):
         "With `scale`, a function of a policy: what its dose is multiplied by"
@@ -109,12 +111,13 @@ PAPER = partial(HBACallback.paper, hlr=None, floor=0.001, fast=True)
 BARE = partial(Variant, bare=True)
 BY_KIND = [30,24] # probabilities, magnitudes
 CONFIGS = { # what it is, what makes it
-  'default': ('the defaults of the package: bare, the expectation taken under λ+ε', HBACallback),
-  'best': ('the default, but of 3 sampled λ the best is taken (Eq. 9): about the cost of a gradient',
-           partial(HBACallback, exploit='best')),
-  'best10': ('the same, of 10', partial(HBACallback, exploit='best', population_size=10)),
-  'best_error': ('the default, but of 3 sampled λ that of the smallest error rate is taken',
-                 partial(HBACallback, exploit='best', hyper_loss=error_rate)),
+  'default': ('the defaults of the package', HBACallback),
+  'T2': ('bare, the expectation taken under λ+ε: the default, but a hyper-step every 2 training steps, on a whole batch', partial(HBACallback, **STEPS)),
+  'best': ('T2, but of 3 sampled λ the best is taken (Eq. 9): about the cost of a gradient',
+           partial(HBACallback, exploit='best', **STEPS)),
+  'best10': ('the same, of 10', partial(HBACallback, exploit='best', population_size=10, **STEPS)),
+  'best_error': ('T2, but of 3 sampled λ that of the smallest error rate is taken',
+                 partial(HBACallback, exploit='best', hyper_loss=error_rate, **STEPS)),
   'bare': ('W, features √5 times as long; the expectation taken at the bare λ, as in all rows below', BARE),
   'letter': ("`HBACallback.paper()`, α' = 0.03", HBACallback.paper),
   'letter_decay': ("the same, φ decayed, α' = 0.03", partial(HBACallback.paper, decay=True)),

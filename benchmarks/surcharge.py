@@ -23,7 +23,8 @@ from hba_fastai.space import PBASpace
 
 MODELS = { # network, image size, batch
     'wrn-16-2': (lambda: wrn(16,2), 32, 128),
-    'resnet18': (lambda: resnet18(num_classes=10), 64, 64)}
+    'resnet18': (lambda: resnet18(num_classes=10), 64, 64),
+    'resnet18-32': (lambda: resnet18(num_classes=10), 32, 128)}
 STRATEGIES = ['first_bn','first_conv','bn','conv','conv+bn']
 
 def learner(model, batches, device, tfms=()):
@@ -63,11 +64,12 @@ def ratios(model, rounds, batches, device, whole):
             rows[k].append(2*b/(a+c)) # between two plain fits, so that a drift of the machine cancels
             a = c
     total,transform,steps,hyper = parts(model, batches, device, sync)
+    n = batches//HBACallback().T_train
     spread = lambda v: dict(ratio=float(np.median(v)), low=min(v), high=max(v), rounds=len(v))
     return dict(ratios={k: spread(v) for k,v in rows.items()},
                 share_of_search=dict(transform=transform/total, forward_backward_step=steps/total, hyper_step=hyper/total),
-                steps=batches, hyper_steps=batches//2,
-                hyper_step_in_training_steps=(hyper/(batches//2))/(steps/batches))
+                steps=batches, hyper_steps=n,
+                hyper_step_in_training_steps=(hyper/n)/(steps/batches))
 
 def parts(model, batches, device, sync):
     "Seconds of a search, and of its transforms, training steps and hyper-steps"
@@ -146,7 +148,7 @@ def table(d): return '\n'.join([*(l for m,r in d['models'].items() for l in rows
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
-    ap.add_argument('--models', nargs='+', default=list(MODELS))
+    ap.add_argument('--models', nargs='+', default=['wrn-16-2','resnet18'], choices=list(MODELS))
     ap.add_argument('--device', default='cpu')
     ap.add_argument('--threads', type=int, default=1)
     ap.add_argument('--rounds', type=int, default=5)

@@ -24,9 +24,12 @@ from .late import check_late
 from .target import check_valid
 
 # %% ../nbs/06g_checks.ipynb #fa6f7313
-def _check_steps(T_train, T_val, sigma, hlr, floor, pull, warmup):
+def _check_steps(T_train, T_val, moves, share, sigma, hlr, floor, pull, warmup):
     if not (isinstance(T_train, int) and isinstance(T_val, int) and min(T_train, T_val)>=1):
         raise ValueError(f"T_train={T_train} and T_val={T_val} are steps per cycle: both must be whole numbers, 1 or more")
+    if not (isinstance(moves, int) and moves>=1):
+        raise ValueError(f"moves={moves} is a number of steps of λ in a hyper-step: it must be a whole number, 1 or more")
+    if not 0<share<=1: raise ValueError(f"share={share} is a part of a training batch: it must be above 0 and at most 1")
     if not 0<=sigma<float('inf'): raise ValueError(f"sigma={sigma} is a standard deviation: it must be finite and 0 or more")
     if hlr is not None and not hlr>0:
         raise ValueError(f"hlr={hlr} is a learning rate: it must be above 0, or None to choose it by the length of the fit")
@@ -43,7 +46,7 @@ def _check_choices(condition, exploit, population, sigma):
     if exploit=='best' and not sigma: raise ValueError("exploit='best' compares λ+ε and sigma=0 makes them all alike: give a sigma above 0")
 
 def _check_types(hba):
-    for name in ('sigma','hlr','floor','pull','warmup','until','mix','seed'):
+    for name in ('share','sigma','hlr','floor','pull','warmup','until','mix','seed'):
         v = getattr(hba, name)
         if v is None and name in ('hlr','floor','seed'): continue
         kind = numbers.Integral if name=='seed' else numbers.Real
@@ -54,7 +57,7 @@ def _check_types(hba):
 def check_arguments(hba):
     "Raise where an argument of `HBACallback` is out of its range, or two disagree"
     _check_types(hba)
-    _check_steps(hba.T_train, hba.T_val, hba.sigma, hba.hlr, hba.floor, hba.pull, hba.warmup)
+    _check_steps(hba.T_train, hba.T_val, hba.moves, hba.share, hba.sigma, hba.hlr, hba.floor, hba.pull, hba.warmup)
     _check_choices(hba.condition, hba.exploit, hba.population_size, hba.sigma)
     if hba.resume and not hba.checkpoint:
         raise ValueError("resume=True needs the name of a checkpoint and none is given: say `checkpoint='search'`")

@@ -59,11 +59,14 @@ class Hyperparameters:
 
 # %% ../nbs/03d_lam.ipynb #17fc5dc4
 @patch
-def step(self:Hyperparameters, g:Tensor, lr:float) -> Tensor: # Gradient (H,), learning rate α'
-    "Move λ one step of Adam downhill, within its bounds (Eq. 11); returns whether the gradient was finite, on the device"
+def step(self:Hyperparameters,
+    g:Tensor, lr:float, # Gradient (H,), learning rate α'
+    is_news:bool=True   # Is it of another batch than the last? Then it joins the series
+) -> Tensor: # Whether the gradient was finite, on the device
+    "Move λ one step of Adam downhill, within its bounds (Eq. 11)"
     new,self.adam,ok = adam(self.value, g, self.adam, lr, self.groups)
     self.take(new - torch.where(ok, lr*self.pull, 0.)*(self.value-self.start))
-    self.series.append(g)
+    if is_news: self.series.append(g)
     return ok
 
 @patch

@@ -34,7 +34,7 @@ def _describe_data(dls, stream) -> dict:
     target = dict(valid_items=stream.n, target_classes=stream.counts)
     return dict(target=stream.what, train_items=train.n, batch_size=train.bs, classes=[str(o) for o in vocab], augmentation=augmentation(dls), **target)
 
-ARGUMENTS = 'condition centred floor pull warmup until mix joint decay fast exploit population_size T_train T_val sigma hlr'.split()
+ARGUMENTS = ('condition centred floor pull warmup until mix joint decay fast exploit population_size T_train T_val moves share sigma hlr').split()
 
 def described(hba, stream) -> dict:
     "What a search is, in numbers and words"

@@ -40,8 +40,10 @@ class HBACallback(PolicyCallback):
     searched,stream,bound = None,None,None # The model that was searched with; the target batches and the policies for these data, while a fit lasts
     def __init__(self,
         strategy='auto',      # Which layers respond to λ: a name (see `select`), a list of modules, or a predicate on modules
-        T_train:int=2,        # Training steps between hyper-steps
+        T_train:int=4,        # Training steps between hyper-steps
         T_val:int=1,          # Hyper-steps in a row
+        moves:int=2,          # Steps of Adam on λ in a hyper-step, all by its one gradient of the loss by z
+        share:float=1.,       # Images of a hyper-step, as a share of a training batch; a loader given as `valid` has a batch size of its own
         sigma:float=1.,       # Standard deviation of ε
         hlr:float|None=None,  # Learning rate α' of Adam on λ; default: `default_hlr` of the length of the course
         condition:str='dose', # What the hyper-layers respond to: 'dose' (what was done to each image) or 'lambda' (λ+ε, the paper's)
@@ -84,7 +86,7 @@ class HBACallback(PolicyCallback):
         geometric operations take the nearest pixel and holes the mean colour (`policy=PBAPolicy(fill, bilinear)`).
         Yours are the SGD of φ (its momentum, and with `wd_bn_bias` whether norms decay), the batches (Algorithm 1 has one size for both kinds,
         as here unless `valid` is a loader), and the transforms behind the policy (4.2: standardization, flip, crop, Cutout)"""
-        form = dict(strategy='first_bn', condition='lambda', centred=False, joint=False, fast=False)
+        form = dict(strategy='first_bn', condition='lambda', centred=False, joint=False, fast=False, T_train=2, moves=1, share=1.)
         return cls(**{**form, **dict(start=START, floor=None, pull=0., warmup=0., hlr=0.03), **kwargs})
 
     def before_fit(self):
@@ -183,7 +185,7 @@ def attach(self:HBACallback):
     self.bound = self.policies.bound(data, self.sigma)
     self.inactive = [o for o in self.bound.skip if o not in self.policies.skip]
     self.insert(self.bound, lambda: self.lam.value)
-    self.stream = enter(target_batches(self.learn, self.hyper_data, self.base_seed, rank_distrib()))
+    self.stream = enter(target_batches(self.learn, self.hyper_data, self.base_seed, rank_distrib(), share=self.share))
     self.undo.callback(setattr, self, 'stream', None) # with its loader, which holds generators: `export` could not pickle them
     self.lam.to(self.device)
     chosen,z = select(model, tuple(o.as_subclass(Tensor) for o in b[:self.dls.n_inp]), self.strategy),self.z(self.lam.value)
@@ -208,7 +210,7 @@ def refuse_old_model(self:HBACallback):
 def begin(self:HBACallback, reason:str):
     "What the search begins with, or goes on from"
     if self.clock.wait is None: self.clock.plan(self.course.total, self.warmup, 1. if self.target is None else self.until)
-    n = self.clock.n_steps(steps_per_epoch(self.learn))*self.T_val
+    n = self.clock.n_steps(steps_per_epoch(self.learn))*self.T_val*self.moves
     self.rate,self.searched = default_hlr(n) if self.hlr is None else self.hlr,weakref.ref(get_model(self.model))
     self.generators.setdefault('exploit', torch.Generator(self.device).manual_seed(self.base_seed)) # the same in all processes
     if self.saved: resuming.load_behind(self, self.saved)
@@ -242,14 +244,10 @@ def hyper_step(self:HBACallback):
     "Move λ on a target batch"
     b,scaler = next(self.stream),getattr(self.learn, 'scaler', None)
     what = self.net,get_model(self.learn.model),lambda: self.target_loss(b),self.lam,self.z
-    if self.exploit=='best': self.hyper_steps.append(take_best(*what, self.sampled()))
-    else: self.hyper_steps.append(descend(*what, self.rate, scaler.scale(torch.ones_like(self.lam.value[0])) if scaler else 1.))
+    sampled = lambda: population(self.lam.value, self.sigma, self.population_size, self.generators['exploit'], self.bound.active) # Eq. 12
+    if self.exploit=='best': self.hyper_steps.append(take_best(*what, sampled()))
+    else: self.hyper_steps.append(descend(*what, self.rate, self.moves, scaler.scale(torch.ones_like(self.lam.value[0])) if scaler else 1.))
     self.net.move_to(self.z(self.lam.value))
-
-@patch
-def sampled(self:HBACallback) -> Tensor: # (n,H)
-    "λ_i that a hyper-step chooses from, the same in all processes (Eq. 12)"
-    return population(self.lam.value, self.sigma, self.population_size, self.generators['exploit'], self.bound.active)
 
 @patch
 def plain_network(self:HBACallback):

@@ -224,7 +224,8 @@ def target_batches(
     valid,      # See `check_valid`
     seed:int,   # Of the hold-out and of the stream, the same in all processes
     rank:int=0, # Of this process: each draws its own order
-    k:int|None=None # Images of a batch, transformed as training's; None: the batches of the hyper-steps
+    k:int|None=None, # Images of a batch, transformed as training's; None: the batches of the hyper-steps
+    share:float=1. # and their size as a share of a training batch; a loader that is given has its own
 ):
     "The stream of the target batches; afterwards the loaders of `learn` are as before"
     check_valid(valid)
@@ -233,7 +234,7 @@ def target_batches(
         t,n_inp = training_batch(train)
         single = len(t)-n_inp==1 and isinstance(t[-1], Tensor) and not t[-1].is_floating_point()
         dl,idxs,bs,what = _source(dls, valid, seed, undo, bool(k))
-        device = dls.device or next(learn.model.parameters()).device
+        device,bs = dls.device or next(learn.model.parameters()).device,bs and max(1, round(share*bs))
         stream = stream_of(dl, device, seed+rank, idxs, k or bs, what, 0 if k else 1)
         undo.callback(stream.close)
         vocab,labels = vocab_of(dls),labels_of(dl.dataset) if stream.order else None

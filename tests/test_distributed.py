@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from fastai.distributed import DistributedDL
 from fastai.callback.core import Callback
+from functools import partial
 from conftest import small_learner
+from hba_fastai.exploit import through
 from hba_fastai.replay import ScheduleCallback
 from hba_fastai.search import HBACallback
 from hba_fastai.transform import PolicyTransform
@@ -26,7 +28,7 @@ def both(t):
     l = [torch.zeros_like(t) for _ in range(2)]
     dist.all_gather(l, t.contiguous()); return l
 
-raw,hypergradient = [],HyperNet.hypergradient
+raw,hypergradient = [],HyperNet.hypergradient # by z
 def spy(*a, **k):
     l,g = hypergradient(*a, **k)
     raw.append(g.clone()); return l,g
@@ -46,7 +48,7 @@ class See(Callback):
             u,v = both(t.float()); assert torch.equal(u,v), f'{name} differs between the ranks at step {self.learn.train_iter}'
         if raw:
             u,v = both(raw[-1]); out['raw'] = not torch.equal(u,v)
-            out['m'] = hba.lam.adam[0]
+            out['z'] = partial(type(hba.bound).expected, hba.bound, sigma=hba.sigma) if hba.condition=='dose' else lambda l: l
 
 learn = small_learner(seed=0)
 hba = HBACallback(T_train=2, valid=float(sys.argv[3]) if sys.argv[3]!='0' else None, checkpoint='d', condition=sys.argv[4]) # no seed: it must be agreed upon
@@ -58,7 +60,8 @@ assert torch.equal(u,v) and not torch.equal(hba.schedule.table[0], hba.schedule.
 assert out['eps'] and out['raw'], out
 g = torch.stack(raw); u,v = both(g)
 lam = hba.new_lam() # replay Adam with the mean of the two ranks' hypergradients
-for m in (u+v)/2: lam.step(m, hba.rate)
+for m in (u+v)/2:
+    for i in range(hba.moves): lam.step(through(out['z'], lam.value, m), hba.rate)
 assert torch.allclose(lam.value, hba.lam.value, atol=1e-5), (lam.value-hba.lam.value).abs().max()
 for dl in learn.dls.loaders: assert not any(isinstance(t, PolicyTransform) for t in dl.after_batch.fs)
 small = small_learner(seed=1)

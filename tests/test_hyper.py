@@ -8,7 +8,9 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+from hba_fastai.exploit import descend
 from hba_fastai.hypernet import HyperNet
+from hba_fastai.lam import Hyperparameters
 from hba_fastai.layers import select
 from hba_fastai.modules import evaluating
 from hba_fastai.pba import PBAPolicy
@@ -148,6 +150,26 @@ def test_hypergradient_equals_finite_differences(condition, strategy, attach, h=
     after = model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before) and all(p.grad is None for p in model.parameters()) and model.training
     assert torch.allclose(net.hypergradient(model, loss, lam, z, scale=1024.)[1], g, rtol=1e-12)
+
+@pytest.mark.parametrize('centred', [True,False])
+@pytest.mark.parametrize('condition', ['lambda','dose'])
+def test_moves_of_a_hyper_step_follow_z(condition, centred, attach, h=1e-5):
+    """Each by the chain rule: ∂L/∂z of the one batch, as differences of the loss have it, times ∂z/∂λ where λ is then. The differences
+    are off by h², 1e-10, and by rounding over h, 1e-11, of losses near 1; Adam divides by the gradient, which is 1e-3 at least"""
+    model,x,y,policy = tiny(),torch.rand(9,3,8,8).double(),torch.randint(0,3,(9,)),PBAPolicy()
+    start = PBASpace().start(0.05).double() + 0.5*torch.randn(54).double()
+    z,loss = (lambda l: l) if condition=='lambda' else policy.expected,lambda: F.cross_entropy(model(x), y)
+    net = attach(HyperNet(select(model, (x,), 'first_bn').layers, len(z(start)), centred=centred), z(start))
+    randomise(net)
+    net.hold_phi0(True)
+    z0 = z(start)
+    up,down = (net.losses_at(model, loss, [z0+s*e for e in torch.eye(len(z0)).double()]) for s in (h,-h))
+    own,lam = Hyperparameters(start, groups=[54]),Hyperparameters(start, groups=[54])
+    for i in range(3): own.step(torch.autograd.functional.jacobian(z, own.value).T@(up-down)/(2*h), 0.1)
+    value,ok = descend(net, model, loss, lam, z, 0.1, moves=3)
+    assert value==net.losses_at(model, loss, [z0])[0] and ok and len(lam.series)==1 and torch.allclose(lam.series[0], own.series[0], atol=1e-8)
+    assert (lam.value-own.value).abs().max()<1e-6 and (lam.value-start).abs().max()>0.2
+    assert condition=='lambda' or (own.series[2]-own.series[0]).abs().max()>1e-2*own.series[0].abs().max() # z bends
 
 # --- the two forms
 

@@ -210,7 +210,8 @@ def test_algorithm_1(strategy, decay):
     assert (hba.lams[-1]-hba.start).abs().max()>0.5 and min(v.abs().max() for l in hba.net.layers for v in l.V.values())>1e-3
 
 @pytest.mark.parametrize('other', [dict(centred=True), dict(joint=True), dict(fast=True), dict(decay=True), dict(condition='dose'), dict(warmup=0.1),
-    dict(sigma=0.9), dict(hlr=0.029), dict(T_train=3), dict(T_val=2), dict(start=0.051), dict(floor=0.049), dict(exploit='best')], ids=str)
+    dict(sigma=0.9), dict(hlr=0.029), dict(T_train=3), dict(T_val=2), dict(moves=2), dict(share=0.5),
+    dict(start=0.051), dict(floor=0.049), dict(exploit='best')], ids=str)
 def test_any_other_setting_is_seen(other):
     assert (searched(strategy='first_bn', **other).lam.value-letter().lams[-1]).abs().max()>0.1
 
@@ -236,8 +237,8 @@ def test_target_batches_are_of_the_validation_set_as_it_is():
 
 def test_setting_of_the_paper():
     hba = HBACallback.paper()
-    want = dict(strategy='first_bn', condition='lambda', centred=False, T_train=2, T_val=1, sigma=1., hlr=0.03, floor=None, warmup=0., joint=False,
-                fast=False, decay=False, exploit='gradient', skip=None, limits=None)
+    want = dict(strategy='first_bn', condition='lambda', centred=False, T_train=2, T_val=1, moves=1, share=1., sigma=1., hlr=0.03,
+                floor=None, warmup=0., joint=False, fast=False, decay=False, exploit='gradient', skip=None, limits=None)
     assert {k: getattr(hba, k, None) for k in want}==want and len(hba.start)==54 and (hba.start.sigmoid()-0.05).abs().max()<1e-7
     assert hba.lam.groups is None and hba.lam.highest==15 and set(hba.lam.lowest.tolist())=={-15.}
     assert HBACallback.paper(hlr=0.003, decay=True).hlr==0.003

@@ -57,7 +57,7 @@ def test_steps_that_overflow_in_half_precision_do_not_count():
         def hyper_step(self): self.made += 1; super().hyper_step()
     learn,hba,amp = small_learner(n_train=600),Count(),AMP()
     learn.fit(2, cbs=[hba, amp])
-    assert 0 < amp.real < learn.train_iter==60 and hba.made==amp.real//2 and hba.schedule.table.isfinite().all()
+    assert 0 < amp.real < learn.train_iter==60 and hba.made==amp.real//hba.T_train and hba.schedule.table.isfinite().all()
 
 def test_lambda_saturates():
     class Push(HBACallback):

@@ -29,6 +29,38 @@ def test_order_is_algorithm_1(t, v):
     steps = ['w'+('h'*v if (i+1)%t==0 else '') for i in range(24)]
     assert hba.log==''.join(steps)
 
+class Sizes(HBACallback):
+    "Notes the numbers of images that hyper-steps take"
+    name,sizes = 'hba',()
+    def hyper_step(self):
+        self.sizes = {*self.sizes, len(self.stream.peek()[0])}
+        super().hyper_step()
+
+@pytest.mark.parametrize('share,size', [(1.,20),(0.25,5),(0.01,1)])
+def test_a_hyper_step_takes_a_share_of_a_training_batch(share, size):
+    learn,hba = small_learner(n_train=240),Sizes(share=share, warmup=0)
+    learn.fit(2, cbs=hba)
+    assert hba.sizes=={size}
+    own = Sizes(share=share, warmup=0, valid=small_learner().dls.valid.new(bs=16))
+    small_learner(n_train=240).fit(2, cbs=own)
+    assert own.sizes<={16,100%16} # a loader has its own
+
+def test_the_rate_counts_each_step_of_lambda():
+    def rate(**kw):
+        learn,hba = small_learner(n_train=400),HBACallback(warmup=0., **kw) # 20 steps an epoch
+        learn.fit(60, 0., cbs=[hba,Stop()])
+        return hba.rate
+    assert rate(T_train=1, moves=1)==rate(T_train=2, moves=2)==90/1200<rate(T_train=2, moves=1)==0.1
+
+class Stop(Callback):
+    order = 100
+    def after_batch(self): raise CancelFitException
+
+def test_moves_of_one_batch_are_one_gradient_in_the_evidence():
+    learn,hba = small_learner(),HBACallback(T_train=5, moves=3, warmup=0.)
+    learn.fit(1, 1e-2, cbs=hba)
+    assert len(hba.lam.series)==len(hba.hyper_steps)==2 and hba.lam.adam[2]==6
+
 class Watch(HBACallback):
     "Compares everything before and after each hyper-step"
     name = 'hba'
@@ -251,7 +283,8 @@ def test_a_model_without_batch_norm():
     assert hba.schedule.provenance['layers']==['0']
 
 @pytest.mark.parametrize('kw', [
-    dict(T_train=0), dict(T_val=0), dict(T_train=1.5), dict(sigma=-1), dict(sigma=float('nan')), dict(hlr=0), dict(condition='x'),
+    dict(T_train=0), dict(T_val=0), dict(T_train=1.5), dict(moves=0), dict(moves=1.5), dict(share=0), dict(share=1.1),
+    dict(sigma=-1), dict(sigma=float('nan')), dict(hlr=0), dict(condition='x'),
     dict(start=0), dict(start=1.2), dict(start={'Invert_0.p': 1.01}), dict(start={'Invert_0.p': -0.1}), dict(start={'Inwert_0.p': 0.1}),
     dict(start={'Rotate_0.m': 31}), dict(exploit='worst'), dict(exploit='best', sigma=0), dict(population_size=1)])
 def test_arguments_that_do_not_fit(kw):
