@@ -75,7 +75,7 @@ def from_scratch(source, target, seed, callback):
 def body(seed):
     "All but the last layer of a network trained on other classes"
     net = from_scratch(sets('pretrained', seed)[3], sets('pretrained', seed)[1], seed, lambda dl: [])
-    return nn.Sequential(*list(net.children())[:-1])
+    return nn.Sequential(*list(net[0].children())[:-1])
 
 def pretrained(source, target, seed, callback):
     before = body(seed)
