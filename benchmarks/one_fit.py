@@ -2,8 +2,8 @@
 
     python benchmarks/one_fit.py --seeds 100 101   # runs what is missing, then writes results/one_fit.md
 
-The digits of payoff.py at 900 steps, on seeds that no other table uses; `late_start` is the strongest rival there, the start policy on all with the target images
-mixed in from 60%. results/one_fit.jsonl: variant, shift, seed, n_target, error, cpu_seconds, lam (where λ ended).
+The digits of payoff.py at 900 steps, on seeds that no other table uses; `late_start` is the strongest rival there: the start policy on all, the target
+images mixed in from 60%. results/one_fit.jsonl: variant, shift, seed, n_target, error, cpu_seconds, lam (where λ ended).
 """
 import argparse,gc,json,time
 import numpy as np
@@ -31,7 +31,9 @@ def run(variant, shift, seed, n):
     return dict(variant=variant, shift=shift, seed=seed, n_target=n, error=judge(net, cell.moved_test)[0], cpu_seconds=round(time.process_time()-t, 1), **lam)
 
 def table():
-    rs,out = runs(),['Error in percent on 997 digits under a shift, mean ± standard error over seeds (number of seeds); `HBACallback(target=..., ...)` beside the strongest rival.','']
+    rs = runs()
+    out = ['Error in percent on 997 digits under a shift: mean ± standard error over seeds (number of seeds); '
+           '`HBACallback(target=..., ...)` beside its strongest rival.','']
     for n in sorted({k[3] for k in rs}, reverse=True):
         shifts = [s for s in SHIFTS if any(k[1]==s and k[3]==n for k in rs)]
         out += [f'## {n} target images','',*head('variant', *shifts, 'mean','against the defaults, paired')]

@@ -4,8 +4,8 @@
     python benchmarks/payoff_photos.py --task pretrained --seeds 0 1 2
     python benchmarks/payoff_photos.py --table                         # writes results/payoff_photos.md
 
-CIFAR-10 as JPEG at 16 pixels, WRN-10-1 in bfloat16; every arm has flip and crop. 100 labelled target images and 5,000 unseen test images (2,500 of the five classes
-for `pretrained`) are under a shift of `payoff.SHIFTS`.
+CIFAR-10 as JPEG at 16 pixels, WRN-10-1 in bfloat16; every arm has flip and crop. 100 labelled target images and 5,000 unseen test images (2,500 of the
+five classes for `pretrained`) are under a shift of `payoff.SHIFTS`.
     scratch     4,000 source images, 40 epochs of SGD with a cosine
     pretrained  a network trained on 10,000 images of the first five classes; its body and a new head meet 2,000 source images of the other five:
                 `learn.fine_tune(15, lr_mult=1)`. It stands in for weights that are downloaded elsewhere
@@ -126,7 +126,8 @@ def run(task, shift, seed, arm):
         if arm=='oracle': source = shifted(source, shift, 1000*seed+2)
         net = nn.Sequential(Bytes(), TRAIN[task](source, moved, seed, ARMS[arm][2](seed))).eval()
     if ARMS[arm][1]: seconds = time.process_time()-t
-    return dict(task=task, shift=shift, seed=seed, arm=arm, n_target=N_TARGET, error=batched(net, moved_test), source_error=batched(net, test), cpu_seconds=round(seconds, 1))
+    what = dict(task=task, shift=shift, seed=seed, arm=arm, n_target=N_TARGET)
+    return dict(**what, error=batched(net, moved_test), source_error=batched(net, test), cpu_seconds=round(seconds, 1))
 
 def batched(net, data):
     "Error in percent"

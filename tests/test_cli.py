@@ -67,7 +67,8 @@ def test_on_a_folder_through_a_pipe_that_is_not_utf8(tmp_path):
 def test_on_the_digits_in_a_terminal(tmp_path):
     status,out = in_terminal('--epochs', 2, cwd=tmp_path)
     assert status==0, out[-2000:]
-    for row in ('trained on the 500 alone','fine-tuned on the 100','mixed in late','one fit with HBACallback','1197 images of the other camera'): assert row in out
+    rows_of_table = ('trained on the 500 alone','fine-tuned on the 100','mixed in late','one fit with HBACallback','1197 images of the other camera')
+    for row in rows_of_table: assert row in out
     table = rows(out)
     assert len(table)==3 and max(map(len, table))<=80 and out.splitlines()[-1].endswith('seconds')
     assert len(Schedule.load(tmp_path/'schedule.json'))==3

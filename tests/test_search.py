@@ -314,7 +314,7 @@ def test_lambda_is_frozen_while_the_response_is_learned():
 
 @pytest.mark.parametrize('floor', [0.02,0.001])
 def test_no_hyperparameter_falls_below_the_floor(floor):
-    learn,hba = small_learner(),HBACallback(floor=floor, hlr=1., warmup=0, start={'Invert_0.p': 0.01}, seed=0)
+    learn,hba = small_learner(),HBACallback(floor=floor, hlr=1., pull=0., warmup=0, start={'Invert_0.p': 0.01}, seed=0)
     learn.fit(3, 1e-2, cbs=hba)
     u = hba.lam.value.sigmoid()
     low = torch.tensor([min(floor, s) for s in PBASpace().start({'Invert_0.p': 0.01}).sigmoid().tolist()])
