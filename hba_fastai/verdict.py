@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/verdict.html.md"""
 __all__ = ['AS_IT_IS', 'FINE_TUNING', 'ARMS', 'wilson', 'mcnemar', 'Verdict', 'wrong_on', 'Trial', 'hba_verdict']
 
 # %% ../nbs/07d_verdict.ipynb #a4ae2fe7
-import gc,html,math,random,time,warnings
+import html,math,random,time,warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -95,7 +95,7 @@ class _Watch(Callback):
 def wrong_on(learn, dl) -> np.ndarray: # (n,)
     "Which items of `dl` the network gets wrong"
     model,wrong = learn.model.eval(),[]
-    with torch.no_grad():
+    with torch.no_grad(), own_draws('judge'): # a loader draws a seed even if it does not shuffle
         for x,y in dl: wrong.append((model(x.as_subclass(Tensor)).argmax(1)!=y.as_subclass(Tensor)).cpu().numpy())
     return np.concatenate(wrong)
 
@@ -155,9 +155,9 @@ class Trial:
         "Which images an arm gets wrong, each by the network of `trained(i)`, where `i` is the fold that holds it"
         wrong = np.empty(self.images.n, bool)
         for i in range(self.images.k):
-            held = self.images.held(i)
-            wrong[held] = self.judge(trained(i), f'{arm}, fold {i+1} of {self.images.k}', held)
-            gc.collect() # a Learner is a cycle that holds its model
+            learn,held = trained(i),self.images.held(i)
+            wrong[held] = self.judge(learn, f'{arm}, fold {i+1} of {self.images.k}', held)
+            if learn is not self.learn: learn.model = learn.opt = None # a Learner is a cycle, which Python frees late
         return wrong
 
 # %% ../nbs/07d_verdict.ipynb #cf0c34b4
@@ -221,6 +221,6 @@ def hba_verdict(
         for arm,callback in trial.arms.items(): wrong[arm] = trial.each_fold(arm, partial(trial.whole, callback))
     except KeyboardInterrupt:
         missing = ', '.join(arm for arm in (AS_IT_IS,FINE_TUNING,*trial.arms) if arm not in wrong)
-        print(f"Stopped, without {missing}" + (f"; what is finished, in percent:\n{Verdict(wrong)}" if wrong else ''), flush=True)
+        print(f"Stopped, without {missing}" + (f"; what is finished, in percent:\n{Verdict(wrong).table}" if wrong else ''), flush=True)
         raise
     return Verdict(wrong)
