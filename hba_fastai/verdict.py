@@ -163,6 +163,7 @@ class Trial:
 # %% ../nbs/07d_verdict.ipynb #cf0c34b4
 @patch
 def as_it_is(self:Trial) -> np.ndarray: # (n,)
+    "Which images the network gets wrong that is trained without them; its weights are kept for fine-tuning"
     self.train(self.learn, 0, [self.watch])
     if not self.watch.n_batches: raise ValueError("fit trains without the callbacks that it is given: "
         "say for example `fit=lambda learn, cbs: learn.fit_one_cycle(20, cbs=cbs)`")

@@ -33,6 +33,8 @@ def learner(**kwargs):
     dls = array_dls((X[:80],Y[:80]), (X[80:100],Y[80:100]), vocab=VOCAB, bs=20, device='cpu')
     return Learner(dls, small_net(), **kwargs)
 
+def halves(m): return [list(m[:3].parameters()),list(m[3:].parameters())]
+
 def fit(learn, cbs): learn.fit(2, 1e-2, cbs=cbs)
 
 def seen_in(dl):
@@ -100,22 +102,22 @@ def test_fine_tuning_takes_a_tenth_of_the_steps_at_a_tenth_of_each_rate(root):
         order,run_valid = 70,False
         def before_fit(self): fits.append([])
         def after_batch(self): fits[-1].append([h['lr'] for h in self.opt.hypers])
-    split = lambda m: [list(m[:3].parameters()),list(m[3:].parameters())]
-    hba_verdict(lambda: learner(cbs=Watch(), splitter=split), root/'target', k=2, arms={},
+    hba_verdict(lambda: learner(cbs=Watch(), splitter=halves), root/'target', k=2, arms={},
                 fit=lambda learn, cbs: learn.fit_one_cycle(15, slice(1e-3, 1e-2), cbs=cbs))
     whole,*short = map(np.array, fits)
     assert len(whole)==60 and [len(o) for o in short]==[6,6]
     for o in short: assert 0.5<(o.max(0)/(whole.max(0)/10)).min() and (o.max(0)/(whole.max(0)/10)).max()<=1+1e-9 # six steps need not meet the top
 
-def test_files_give_the_verdict_of_their_folder(root, capsys):
-    "Labels of files come from their folders, and images are read by the Learner's own pipeline"
+def test_files_give_the_verdict_of_their_folder(root):
+    "Labels of files come from their folders, images are read by the Learner's own pipeline, and a fit may be two"
     def make():
         dls = ImageDataLoaders.from_folder(root/'train', valid_pct=0.3, seed=1, bs=10, num_workers=0, item_tfms=Resize(12),
                                            batch_tfms=Normalize.from_stats([0.3]*3, [0.3]*3, cuda=False), device='cpu')
-        return Learner(dls, small_net())
+        return Learner(dls, small_net(), splitter=halves)
+    tune = lambda learn, cbs: learn.fine_tune(1, cbs=cbs)
     files = sorted((root/'target').rglob('*.png'))
-    a,b = (hba_verdict(make, target, k=2, fit=fit, arms={}, seed=0) for target in (root/'target',files))
-    assert len(files)==31 and all((a.wrong[arm]==b.wrong[arm]).all() for arm in (AS_IT_IS,FINE_TUNING))
+    a,b = (hba_verdict(make, target, k=2, fit=tune, arms={'late': Late}) for target in (root/'target',files))
+    assert len(files)==31 and all((a.wrong[arm]==b.wrong[arm]).all() for arm in (AS_IT_IS,FINE_TUNING,'late'))
 
 def test_wrong_predictions_are_those_of_the_network(root):
     learn = learner()
