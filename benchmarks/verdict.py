@@ -4,7 +4,7 @@
     python benchmarks/verdict.py --table          # writes results/verdict.md
 
 The digits of `payoff.py`: 500 source images, 60 target images and 997 unseen test images, rotated by up to 30°; a network of three convolutions,
-batches of 50, 900 steps of SGD with one cycle, five folds. The same networks that a verdict judges by the images of their fold are tested on the
+batches of 50, 300 steps of SGD with one cycle, five folds. The same networks that a verdict judges by the images of their fold are tested on the
 unseen images, when they have been trained: the mean over the folds is what the verdict is an estimate of.
 
 results/verdict/digits.jsonl holds one line per shift and seed, and one with the environment where a process began:
@@ -30,7 +30,7 @@ from hba_fastai.session import digits_net
 from hba_fastai.verdict import hba_verdict
 from payoff import BS,LR,MEAN,STD,WD,sets,shifted
 
-OUT,K,STEPS,N = RESULTS/'verdict',5,900,60
+OUT,K,STEPS,N = RESULTS/'verdict',5,300,60
 FILE = OUT/'digits.jsonl'
 
 class Tested(Callback):

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import noop
 from fastcore.foundation import L
-from fastai.data.core import Datasets
+from fastai.data.core import DataLoaders,Datasets
 from fastai.data.load import DataLoader
 from .balance import Order
 from .data import ArrayDataset
 from .items import first_few,file_items,upper_first,warn_of_overlap
 from .stream import inner_dl,labels_of,one_label,own_loader,vocab_of
-from .target import _files,check_valid
+from .target import _files,check_target
 
 # %% ../nbs/07d0_folds.ipynb #a22c69ff
 def folds_of(
@@ -41,7 +41,7 @@ def _target_files(target, k) -> tuple: # (files, the folder that holds them or N
     "The files of `target`, and whether folds can be made of them"
     if not isinstance(target, (str,Path,list,tuple,L)): raise TypeError(f"target is a {type(target).__name__}, and folds are made of "
         "single image files: give a folder with a sub-folder per class, or a list of files")
-    check_valid(target)
+    check_target(target)
     files,folder,what = _files(target)
     n = len(files)
     if n<10: raise ValueError(f"{upper_first(what)} has {n} image{'s'[:n!=1]} and a verdict needs 10 or more: label more of them")
@@ -79,15 +79,20 @@ class FoldedImages:
     def items(self, learn, idxs):
         return file_items(inner_dl(learn.dls.train).dataset, [self.files[i] for i in idxs], vocab_of(learn.dls), self.what, self.folder)
 
-    def loader(self, learn, idxs, num_workers=None, **attrs) -> DataLoader:
-        "A loader of the images `idxs`, in that order; as many worker processes as validation has, unless given"
+    def loader(self, learn, idxs, for_training=False, **attrs) -> DataLoader:
+        "A loader of the images `idxs`, in that order, with the transforms of validation or of training"
         train,items = inner_dl(learn.dls.train),self.items(learn, idxs)
         valid = inner_dl(learn.dls.valid) if len(learn.dls.loaders)>1 else None
-        own = dict(dataset=items, n=len(items), bs=train.bs, shuffle=False, drop_last=False)
-        return own_loader(valid if isinstance(valid, DataLoader) else train, num_workers, **{**own, **attrs})
+        base = valid if isinstance(valid, DataLoader) and not for_training else train
+        own = dict(dataset=items, n=len(items), bs=train.bs, shuffle=False, drop_last=False, get_idxs=partial(noop, range(len(items))))
+        return own_loader(base, *((None,0) if for_training else (0,1)), **{**own, **attrs})
+
+    def target(self, learn, idxs) -> DataLoaders:
+        "The images `idxs`, as `HBACallback(target=...)` takes them"
+        return DataLoaders(self.loader(learn, idxs, for_training=True))
 
     def endless(self, learn, idxs, n_steps:int) -> DataLoader:
-        "A loader of `n_steps` batches of the images `idxs`, pass after pass, each with the classes in proportion"
+        "A loader of `n_steps` training batches of the images `idxs`, pass after pass, each with the classes in proportion"
         bs = min(inner_dl(learn.dls.train).bs, len(idxs))
         order = list(islice(Order(range(len(idxs)), self.y[idxs], self.seed), n_steps*bs))
-        return self.loader(learn, idxs, n=len(order), bs=bs, get_idxs=partial(noop, order))
+        return self.loader(learn, idxs, for_training=True, n=len(order), bs=bs, get_idxs=partial(noop, order))

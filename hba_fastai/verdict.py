@@ -23,6 +23,7 @@ from fastai.data.core import DataLoaders
 from .checks import refuse_learner
 from .folds import FoldedImages
 from .items import first_few,upper_first
+from .pba import PBAPolicy
 from .replay import PolicyCallback
 from .search import HBACallback
 from .stream import inner_dl,own_draws
@@ -82,7 +83,7 @@ class Verdict:
     def _repr_html_(self): return self.table.to_html(index=False, float_format='{:.1f}'.format) + f'<p>{html.escape(self.words())}</p>'
 
 # %% ../nbs/07d_verdict.ipynb #a5b0074f
-ARMS = {'late mixing': lambda target: LateCallback(target), 'HBA': lambda target: HBACallback(target=target)}
+ARMS = {'late mixing': lambda target: PolicyCallback(PBAPolicy(), target=target), 'HBA': lambda target: HBACallback(target=target)}
 
 class _Watch(Callback):
     "Counts the batches of training, and notes the highest rates (groups,) of the last fit"
@@ -105,8 +106,7 @@ def _quiet_fit(learn, key:str):
     "Within, `learn` trains without a line of output and draws from `key`; afterwards its loaders are as before"
     inner = [dl for dl in map(inner_dl, learn.dls.loaders) if hasattr(dl, 'rng')]
     rngs = [dl.rng for dl in inner]
-    with own_draws(key), learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.* has no image of') # of a fold: the plan says which classes are rare
+    with own_draws(key), learn.no_bar(), learn.no_logging():
         for i,dl in enumerate(inner): dl.rng = random.Random(f'{key} {i}')
         try: yield
         finally:
@@ -146,7 +146,7 @@ class Trial:
 
     def judge(self, learn, what:str, idxs) -> np.ndarray: # (len(idxs),)
         "Which of the images `idxs` the network gets wrong; also said in a line"
-        wrong = wrong_on(learn, self.images.loader(learn, idxs, 0))
+        wrong = wrong_on(learn, self.images.loader(learn, idxs))
         to_go = f', about {_seconds(np.mean(self.seconds)*self.left)} to go' if self.left else ''
         print(f'{what}: {wrong.sum()} of {len(wrong)} wrong{to_go}', flush=True)
         return wrong
@@ -188,7 +188,7 @@ def fine_tuned(self:Trial, i:int) -> Learner:
 def whole(self:Trial, callback, i:int) -> Learner:
     "A new Learner, trained with the callback of an arm and the target images outside of fold `i`"
     learn = self.new_learner(i)
-    self.train(learn, i, [callback(self.images.loader(learn, self.images.others(i)))])
+    self.train(learn, i, [callback(self.images.target(learn, self.images.others(i)))])
     return learn
 
 @patch
@@ -204,24 +204,32 @@ def say_plan(self:Trial):
     if rare: print(f"Classes with fewer images than folds, which some folds do not test: {first_few(rare)}")
     if none: print(f"Classes without an image, which nothing tests: {first_few(none)}")
 
+@patch
+@contextmanager
+def reported(self:Trial, wrong:dict):
+    "Within, what was said of all target images is not said again of each fold, and Ctrl-C prints what is in `wrong`"
+    with warnings.catch_warnings():
+        for said in ('has no image of','are training images too'): warnings.filterwarnings('ignore', f'.* {said}')
+        try: yield
+        except KeyboardInterrupt:
+            missing = ', '.join(arm for arm in (AS_IT_IS,FINE_TUNING,*self.arms) if arm not in wrong)
+            print(f"Stopped, without {missing}" + (f"; what is finished, in percent:\n{Verdict(wrong).table}" if wrong else ''), flush=True)
+            raise
+
 # %% ../nbs/07d_verdict.ipynb #4f489de9
 def hba_verdict(
     make_learner, # () -> a new Learner, with a new model
     target,       # Labelled target images: a folder with a sub-folder per class, or a list of files
     k:int=5,      # Number of folds
     fit=lambda learn, cbs: learn.fit_one_cycle(20, cbs=cbs), # One whole training, with the callbacks of an arm
-    arms:dict|None=None, # `{name: loader of target images -> callback}`; default: late mixing without a search, and `HBACallback(target=...)`
+    arms:dict|None=None, # `{name: target images of the other folds -> callback}`; default: late mixing without a search, and `HBACallback(target=...)`
     seed:int=0    # Of the folds and of each fit
 ) -> Verdict:
     "What labelled target images are worth, and how to use them, by folds over these images alone"
     trial,wrong = Trial(make_learner, target, k, fit, ARMS if arms is None else arms, seed),{}
     trial.say_plan()
-    try:
+    with trial.reported(wrong):
         wrong[AS_IT_IS] = trial.as_it_is()
         wrong[FINE_TUNING] = trial.each_fold(FINE_TUNING, trial.fine_tuned)
         for arm,callback in trial.arms.items(): wrong[arm] = trial.each_fold(arm, partial(trial.whole, callback))
-    except KeyboardInterrupt:
-        missing = ', '.join(arm for arm in (AS_IT_IS,FINE_TUNING,*trial.arms) if arm not in wrong)
-        print(f"Stopped, without {missing}" + (f"; what is finished, in percent:\n{Verdict(wrong).table}" if wrong else ''), flush=True)
-        raise
     return Verdict(wrong)

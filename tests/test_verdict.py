@@ -44,7 +44,7 @@ def seen_in(dl):
 class Late(Callback):
     "Stands in for an arm: trains on the target batches too, and notes what it has seen"
     def __init__(self, target): self.target = target
-    def before_train(self): self.it = iter(self.target)
+    def before_train(self): self.it = iter(self.target.train)
     def before_batch(self):
         if not self.training or (b := next(self.it, None)) is None: return
         self.learn.xb,self.learn.yb = (torch.cat([self.xb[0].as_subclass(torch.Tensor), b[0].as_subclass(torch.Tensor)]),), \
@@ -122,7 +122,7 @@ def test_files_give_the_verdict_of_their_folder(root):
 def test_wrong_predictions_are_those_of_the_network(root):
     learn = learner()
     images = FoldedImages(learn, root/'target', 3, seed=0)
-    got = verdict.wrong_on(learn, images.loader(learn, range(31), 0))
+    got = verdict.wrong_on(learn, images.loader(learn, range(31)))
     x = torch.stack([torch.tensor(np.array(Image.open(f))).permute(2,0,1)/255 for f in images.files])
     y = torch.tensor([int(f.parent.name) for f in images.files])
     assert (got==(learn.model.eval()(x).argmax(1)!=y).numpy()).all() and 0<got.sum()
