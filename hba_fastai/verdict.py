@@ -198,7 +198,7 @@ def say_plan(self:Trial):
     counts = {o: n for o,n in zip(im.vocab, np.bincount(im.y, minlength=len(im.vocab))) if o!='#na#'}
     low,high = (100*o for o in wilson(round(im.n/4), im.n))
     with_arms = ''.join(f', {k} with {arm}' for arm in self.arms)
-    print(f"{im.n} target images of {len(counts)} classes in {k} folds: {self.left} whole fits (1 without them{with_arms}) "
+    print(f"{im.n} target images of {len(counts)} classes in {k} folds: {self.left} whole fit{'s'[:self.left>1]} (1 without them{with_arms}) "
           f"and {k} a tenth as long ({FINE_TUNING})\nAn error of 25% on {im.n} images may be {low:.0f}-{high:.0f}% (95%)", flush=True)
     rare,none = [f'{o} ({n})' for o,n in counts.items() if 0<n<k],[o for o,n in counts.items() if not n]
     if rare: print(f"Classes with fewer images than folds, which some folds do not test: {first_few(rare)}")
