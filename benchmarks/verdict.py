@@ -9,6 +9,7 @@ unseen images, when they have been trained: the mean over the folds is what the 
 
 results/verdict/digits.jsonl holds one line per shift and seed, and one with the environment where a process began:
     shift, seed, steps, k           what was run
+    T_train                         training steps between the hyper-steps of HBA; 2 in lines without it
     arms                            {arm: {errors, n, error, low, high: the verdict's; test: error in percent on the unseen images, mean over the folds}}
     use, p                          the verdict's
     cpu_seconds                     CPU seconds of one thread, with those of the tests
@@ -25,7 +26,7 @@ from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.optimizer import SGD
 from fastai.vision.augment import Normalize
 from common import RESULTS,NoValid,environment,error_on,quiet
-from hba_fastai.all import array_dls
+from hba_fastai.all import HBACallback,array_dls
 from hba_fastai.session import digits_net
 from hba_fastai.verdict import hba_verdict
 from payoff import BS,LR,MEAN,STD,WD,sets,shifted
@@ -64,27 +65,29 @@ def run(shift, seed, steps=STEPS):
     means = [errors[0],*np.reshape(errors[1:], (-1,K)).mean(1)]
     arms = {r.pop('arm'): {**r, 'test': m} for r,m in zip(v.table.to_dict('records'), means)}
     print(v, {arm: r['test'] for arm,r in arms.items()}, flush=True)
-    return dict(shift=shift, seed=seed, steps=steps, k=K, arms=arms, use=v.use, p=v.p, cpu_seconds=round(time.process_time()-t, 1))
+    return dict(shift=shift, seed=seed, steps=steps, k=K, T_train=HBACallback().T_train, arms=arms, use=v.use, p=v.p, cpu_seconds=round(time.process_time()-t, 1))
 
 def lines(): return [json.loads(l) for l in FILE.read_text().splitlines()] if FILE.exists() else []
 def write(r):
     OUT.mkdir(parents=True, exist_ok=True)
     with FILE.open('a') as f: f.write(json.dumps(r)+'\n')
 
+def key(r): return r['shift'],r.get('T_train', 2),r['seed']
+
 def table():
     "All verdicts as Markdown"
-    rs = sorted((r for r in lines() if 'arms' in r), key=lambda r: (r['shift'],r['seed']))
+    rs = sorted((r for r in lines() if 'arms' in r), key=key)
     out = [f'Error in percent by {K} folds over {N} target images, with its 95% interval → mean error of the same networks on 997 unseen images.',
            'The regret is the test error of the arm that the verdict names, above that of the best arm.', '']
     names = list(rs[0]['arms'])
-    out += [f"| shift | seed | {' | '.join(names)} | use | p | regret | CPU s |", '| --- '*(len(names)+6)+'|']
+    out += [f"| shift | T_train | seed | {' | '.join(names)} | use | p | regret | CPU s |", '| --- '*(len(names)+7)+'|']
     covered = []
     for r in rs:
         a = r['arms']
         covered += [o['low']<=o['test']<=o['high'] for o in a.values()]
         regret = a[r['use']]['test']-min(o['test'] for o in a.values())
         cells = [f"{o['error']:.0f} ({o['low']:.0f}-{o['high']:.0f}) → {o['test']:.1f}" for o in a.values()]
-        out.append(f"| {r['shift']} | {r['seed']} | {' | '.join(cells)} | {r['use']} | {r['p']:.2g} | {regret:.1f} | {r['cpu_seconds']:.0f} |")
+        out.append(f"| {' | '.join(map(str, key(r)))} | {' | '.join(cells)} | {r['use']} | {r['p']:.2g} | {regret:.1f} | {r['cpu_seconds']:.0f} |")
     e = [l['environment'] for l in lines() if 'environment' in l][-1]
     out += ['', f'{sum(covered)} of {len(covered)} intervals hold the test error; those of a seed share their 60 images.', '',
             f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['machine']}, one thread.", '']
@@ -100,7 +103,7 @@ if __name__=='__main__':
     torch.set_num_threads(1)
     if a.quick: run(a.shifts[0], 100, 20); raise SystemExit
     if not a.table: write(dict(environment=environment()))
-    done = {(r['shift'],r['seed']) for r in lines() if 'arms' in r}
+    done = {key(r) for r in lines() if 'arms' in r}
     for shift,seed in [] if a.table else [(shift,seed) for shift in a.shifts for seed in a.seeds]:
-        if (shift,seed) not in done: write(run(shift, seed))
+        if (shift,HBACallback().T_train,seed) not in done: write(run(shift, seed))
     OUT.with_suffix('.md').write_text(table())
