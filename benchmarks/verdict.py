@@ -65,7 +65,8 @@ def run(shift, seed, steps=STEPS):
     means = [errors[0],*np.reshape(errors[1:], (-1,K)).mean(1)]
     arms = {r.pop('arm'): {**r, 'test': m} for r,m in zip(v.table.to_dict('records'), means)}
     print(v, {arm: r['test'] for arm,r in arms.items()}, flush=True)
-    return dict(shift=shift, seed=seed, steps=steps, k=K, T_train=HBACallback().T_train, arms=arms, use=v.use, p=v.p, cpu_seconds=round(time.process_time()-t, 1))
+    what = dict(shift=shift, seed=seed, steps=steps, k=K, T_train=HBACallback().T_train)
+    return dict(**what, arms=arms, use=v.use, p=v.p, cpu_seconds=round(time.process_time()-t, 1))
 
 def lines(): return [json.loads(l) for l in FILE.read_text().splitlines()] if FILE.exists() else []
 def write(r):
