@@ -7,7 +7,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/all.html.md"""
 # %% auto #0
 __all__ = ['PBASpace', 'Space', 'TABLE7', 'OPS', 'Data', 'Policy', 'check_policy', 'PBAPolicy', 'AutoAugment', 'RandAugment',
            'TrivialAugmentWide', 'Schedule', 'ScheduleError', 'CheckpointError', 'array_dls', 'digits_dls',
-           'HBACallback', 'PolicyCallback', 'ScheduleCallback']
+           'HBACallback', 'PolicyCallback', 'ScheduleCallback', 'Verdict', 'hba_verdict']
 
 # %% ../nbs/09_all.ipynb #15f996bf
 from .space import PBASpace,Space,TABLE7
@@ -20,7 +20,9 @@ from .checkpoint import CheckpointError
 from .data import array_dls,digits_dls
 from .replay import PolicyCallback,ScheduleCallback
 from .search import HBACallback
+from .verdict import Verdict,hba_verdict
 
 # %% ../nbs/09_all.ipynb #2c4b7975
 _all_ = ['PBASpace','Space','TABLE7','OPS','Data','Policy','check_policy','PBAPolicy','AutoAugment','RandAugment','TrivialAugmentWide',
-         'Schedule','ScheduleError','CheckpointError','array_dls','digits_dls','HBACallback','PolicyCallback','ScheduleCallback']
+         'Schedule','ScheduleError','CheckpointError','array_dls','digits_dls','HBACallback','PolicyCallback','ScheduleCallback',
+         'Verdict','hba_verdict']
