@@ -108,12 +108,12 @@ def test_every_form_of_target(folders, form):
     class Labels(Callback):
         order = 20
         def before_batch(self): got.append((self.training, self.learn.pct_train, self.yb[0][4:], type(self.xb[0]), self.xb[0].shape))
-    fs = list(dls.train.after_batch.fs)
+    fs,of_target = list(dls.train.after_batch.fs),list(test.after_batch.fs)
     learn.fit(5, 1e-2, cbs=[PolicyCallback(TrivialAugmentWide(), target=target), Labels()])
     late = [o for o in got if o[0] and o[1]>=0.6-1e-9]
     early = [o for o in got if o[0] and o[1]<0.5]
     assert late and all((y<5).all() and t is early[0][3] and s==early[0][4] for _,_,y,t,s in late)
-    assert list(dls.train.after_batch.fs)==fs and test.after_batch is dls.valid.after_batch
+    assert list(dls.train.after_batch.fs)==fs and list(test.after_batch.fs)==of_target
 
 def test_augmented_as_training_images_are(folders):
     "The user's random transforms and the policy act on target images; the same image comes different each time"
