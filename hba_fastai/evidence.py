@@ -1,4 +1,4 @@
-"""What moved λ, signal or noise: from the hypergradients of a search, in a table and in words
+"""What stands out from the noise: from the hypergradients of a search, in a table and in words
 
 Docs: https://hba-fastai.github.io/hba-fastai/evidence.html.md"""
 
@@ -76,12 +76,13 @@ def in_words(df:pd.DataFrame) -> str:
     more,middle = list(df.index[df.named]),df.signal.median()
     less = "Most operations were pulled down together: the search asks for less of all else. " if len(df)>5 and middle<=-NAMED*LEAST_SPREAD else ''
     if not more:
-        return (f"{less}No operation stands out: of {len(df)}, none was favoured by more than the slow noise of a search can do, "
-                "so do not read the schedule as a finding. Train longer, or give the hyper-steps more or other validation data.")
+        return (f"{less}No operation stands out: none of {len(df)} was favoured by more than the slow noise of a search can do. "
+                "That is so in most searches, also where there is something to find: judge the schedule by a test. "
+                "A longer training, or more images for the hyper-steps, can show more.")
     split = [o for o in more if not df['copies agree'][o]]
     care = f"The two copies went different ways for {', '.join(split)}, so take these with care. " if split else ''
     found = f"{len(more)} of {len(df)} operations {'stand' if len(more)>1 else 'stands'} out: more {', '.join(more)}. "
-    return f"{found}{less}{care}The others moved no more than noise can move them."
+    return f"{found}{less}{care}Of the others it cannot be said: noise can move them as far."
 
 # %% ../nbs/06f_evidence.ipynb #07dc3133
 FEW,FEW_OF_A_CLASS = 30,3 # images for the hyper-steps; 30 is the least that was measured
