@@ -335,7 +335,7 @@ def test_report_names_what_stands_out_from_noise(capsys):
     df = hba.report()
     assert len(df)==15 and not df.named.any() and 'No operation stands out' in capsys.readouterr().out
     assert df.signal.abs().max()<2 # the copies are independent here, which makes 1.4 standard deviations of 2
-    g[:,[6,21]] -= 0.8 # Invert: more of it helps; 200 of these make a signal of sqrt(200)*0.8/sqrt(1.64) = 8.8, and 5 are needed
+    g[:,[6,21]] -= 0.8 # Invert: more of it helps; 200 of these make a signal of sqrt(200)*0.8/sqrt(1.64) = 8.8, and 6 are needed
     hba.lam.series = list(g)
     df = hba.report()
     assert df.index[0]=='Invert' and list(df.index[df.named])==['Invert'] and 'more Invert' in capsys.readouterr().out
@@ -357,7 +357,7 @@ def test_noise_that_all_operations_share_names_none():
 def test_few_operations_have_to_be_surer():
     from hba_fastai.evidence import NAMED,standing
     one = lambda s: standing({'noise': s, 'dark': 0.})['noise']
-    assert one(10.)<NAMED<one(16.) and one(-16.)<0
+    assert one(10.)<NAMED<one(19.) and one(-19.)<0
 
 def test_the_preset_is_the_papers_setting():
     hba = HBACallback.paper(seed=3, T_train=4)
