@@ -23,7 +23,7 @@ from fastai.torch_core import set_seed
 from functools import partial
 from common import *
 from hba_fastai.search import HBACallback
-from hba_fastai.evidence import SIGNAL,signal
+from hba_fastai.evidence import SIGNAL,is_named,signal,standing
 from hba_fastai.session import digits_net
 from hba_fastai.data import digits
 from hba_fastai.ops import OPS,OP_NAMES
@@ -218,13 +218,13 @@ def wilson(k, n, z=1.96):
     mid,half = (k+z*z/2)/(n+z*z),z*((k*(n-k)/n + z*z/4)**0.5)/(n+z*z)
     return mid-half,mid+half
 
-def signals(rs):
-    "`signal` of the planted operation, and of the others, in the runs that had hypergradients"
+def signals(rs, what=lambda of: of):
+    "`what` of {operation: signal} for the planted operation, and for the others, in the runs that had hypergradients"
     plant,rest = [],[]
     for r in rs:
         n,total,squares = torch.tensor(r['moments'], dtype=torch.float64)
         of = signal(total, squares, PBASpace()) if n.any() else {}
-        for o,v in of.items(): (plant if o==r['shift'] else rest).append(v)
+        for o,v in what(of).items(): (plant if o==r['shift'] else rest).append(v)
     return np.array(plant),np.array(rest)
 
 ABOUT = {
@@ -237,13 +237,14 @@ ABOUT = {
 HEAD = ['configuration','runs','top-1 (95% interval)','top-3 (95% interval)','top-1 by severity',
         'places of the planted operation, per shift',
         'signal: planted, median (others, 95% quantile)',f'signal of {SIGNAL:g} or more: planted, others',
-        'error % on the shifted test set','CPU s']
+        'named by the report: planted, others','error % on the shifted test set','CPU s']
 
 def signal_cells(rs):
     plant,rest = signals(rs)
-    if not len(plant): return 'no gradients',''
+    if not len(plant): return 'no gradients','',''
+    named,others = signals(rs, lambda of: {o: is_named(of[o], z) for o,z in standing(of).items()} if of else {})
     return (f'{np.median(plant):.1f} ({np.quantile(rest, 0.95):.1f})',
-            f'{np.mean(plant>=SIGNAL):.2f}, {np.mean(rest>=SIGNAL):.2f}')
+            f'{np.mean(plant>=SIGNAL):.2f}, {np.mean(rest>=SIGNAL):.2f}',f'{named.mean():.2f}, {others.mean():.3f}')
 
 def row(task, config, rs):
     "Cells of one configuration"

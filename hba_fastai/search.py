@@ -292,8 +292,8 @@ def keep(self:HBACallback):
 # %% ../nbs/07_search.ipynb #c3545f74
 @patch
 def report(self:HBACallback) -> pd.DataFrame:
-    """Say in plain words which operations λ favours by signal and which by noise; returns per operation the signal
-    (above 0: more of it lowers the validation loss), and the values of all its copies"""
+    """Say in plain words which operations λ favours for a reason: those that stand out from the noise; returns per operation the signal
+    (above 0: more of it lowers the validation loss), how far it stands out (z), whether it is `named` for that, and the values of all its copies"""
     df = evidence(self.lam.gradients(), self.policies.space, self.lam.value, self.points[0][1] if self.points else self.start)
     moved = self.net is None or any(v.abs().max()>0 for l in self.net.layers for v in l.V.values())
     print('. '.join([*hindrances(self.provenance, moved), in_words(df)]))

@@ -326,18 +326,38 @@ def test_a_joint_second_moment_keeps_small_gradients_small():
     step = lambda joint: -adam(lam, g, adam_start(lam), 0.1, [3] if joint else None)[0]
     assert torch.allclose(step(False), torch.tensor([0.1,0.1,0.])) and torch.allclose(step(True)/step(True)[0], g)
 
-def test_report_tells_signal_from_noise(capsys):
+def test_report_names_what_stands_out_from_noise(capsys):
     learn,hba = small_learner(),HBACallback(seed=0)
     with pytest.raises(ValueError, match='none was computed'): hba.report()
     learn.fit(3, 1e-2, cbs=hba)
     g = torch.randn(200,54, generator=torch.Generator().manual_seed(0))
     hba.lam.series = list(g)
     df = hba.report()
-    assert len(df)==15 and 'noise' in capsys.readouterr().out
+    assert len(df)==15 and not df.named.any() and 'No operation stands out' in capsys.readouterr().out
     assert df.signal.abs().max()<2 # the copies are independent here, which makes 1.4 standard deviations of 2
-    g[:,[6,21]] -= 0.5 # Invert: more of it helps, on the average by half a standard deviation
+    g[:,[6,21]] -= 0.8 # Invert: more of it helps; 200 of these make a signal of sqrt(200)*0.8/sqrt(1.64) = 8.8, and 6 are needed
     hba.lam.series = list(g)
-    assert hba.report().index[0]=='Invert' and 'more Invert' in capsys.readouterr().out
+    df = hba.report()
+    assert df.index[0]=='Invert' and list(df.index[df.named])==['Invert'] and 'more Invert' in capsys.readouterr().out
+
+def test_noise_that_all_operations_share_names_none():
+    from hba_fastai.evidence import evidence
+    space,rng = PBASpace(),torch.Generator().manual_seed(0)
+    named = lambda g: list((d := evidence(g, space, space.start(), space.start())).index[d.named])
+    slow = torch.randn(15, generator=rng).repeat(2) # one draw for all steps, the same for both copies
+    g = torch.cat([slow+0.5*torch.randn(200,30, generator=rng), torch.zeros(200,24)], 1)
+    d = evidence(g, space, space.start(), space.start())
+    assert d.signal.max()>10 and not named(g) # signals that the old threshold of 2 took for real
+    g[:,:30] += 3. # less of everything, but for one
+    g[:,[4,19]] = -5.
+    assert named(g)==['Rotate']
+    g[:,[4,19]] = 0. # no pull at all is no reason, however far the others fall
+    assert not named(g)
+
+def test_few_operations_have_to_be_surer():
+    from hba_fastai.evidence import NAMED,standing
+    one = lambda s: standing({'noise': s, 'dark': 0.})['noise']
+    assert one(10.)<NAMED<one(19.) and one(-19.)<0
 
 def test_the_preset_is_the_papers_setting():
     hba = HBACallback.paper(seed=3, T_train=4)
