@@ -5,7 +5,8 @@
     python benchmarks/cheap_steps.py --table                     # writes results/cheap_steps.md
 
 The arms differ in hyper-steps alone: training steps between them, steps of λ in each, images. While λ rests they are the same fit, so
-the process forks where the rest ends, and each arm goes on from there as a fit of its own would. Each arm appends one line to
+the process forks where the rest ends, and each arm goes on from there as a fit of its own would. λ is not pulled to its start, so that
+what is compared is what the hypergradients say. Each arm appends one line to
 results/cheap_steps/TASK.jsonl. The place and the lead of the planted operation are by dose (see planted.py); the lead is
 log2(its dose ÷ the largest other dose).
 """
@@ -97,7 +98,7 @@ def run(task, arms, shift, seed):
     done = {(r['arm'],r['shift'],r['seed']) for r in read(task)}
     arms = [a for a in arms if (a,shift,seed) not in done]
     if not arms or not in_child(): return
-    try: write_line(task, shift, seed, Forking(arms, seed=seed))
+    try: write_line(task, shift, seed, Forking(arms, seed=seed, pull=0.))
     except BaseException:
         traceback.print_exc()
         os._exit(1)

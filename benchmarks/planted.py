@@ -75,7 +75,7 @@ TASKS = { # sets, network, batch, epochs, learning rate, weight decay, shifts, p
 
 # --- configurations
 
-STEPS = dict(T_train=2, moves=1, share=1.) # the hyper-steps of all that follows but the default (see cheap_steps.py)
+STEPS = dict(T_train=2, moves=1, share=1., pull=0.) # of all that follows but the default: its hyper-steps (see cheap_steps.py), and λ goes free
 
 class Variant(HBACallback):
     "`HBACallback` with what was tried and did not become an option"
@@ -112,7 +112,8 @@ BARE = partial(Variant, bare=True)
 BY_KIND = [30,24] # probabilities, magnitudes
 CONFIGS = { # what it is, what makes it
   'default': ('the defaults of the package', HBACallback),
-  'T2': ('bare, the expectation taken under λ+ε: the default, but a hyper-step every 2 training steps, on a whole batch', partial(HBACallback, **STEPS)),
+  'T2': ('bare, the expectation taken under λ+ε: the default, but λ is not pulled, and a hyper-step comes every 2 training steps',
+         partial(HBACallback, **STEPS)),
   'best': ('T2, but of 3 sampled λ the best is taken (Eq. 9): about the cost of a gradient',
            partial(HBACallback, exploit='best', **STEPS)),
   'best10': ('the same, of 10', partial(HBACallback, exploit='best', population_size=10, **STEPS)),

@@ -43,7 +43,7 @@ def test_fine_tune_is_one_course(make, kept):
 
 def test_the_warm_up_is_a_share_of_both_fits():
     "Half of four epochs: the first hyper-step comes with the last batch of the second"
-    learn,hba,steps = split_learner(),HBACallback(warmup=0.5),[]
+    learn,hba,steps = split_learner(),HBACallback(warmup=0.5, T_train=2),[]
     class Steps(Callback):
         order = 40
         def after_epoch(self): steps.append(len(self.learn.hba.hyper_steps))
@@ -53,7 +53,7 @@ def test_the_warm_up_is_a_share_of_both_fits():
 def test_alpha_goes_with_the_hyper_steps_that_are_made():
     """Gradient accumulation makes fewer real steps than batches, and the warm-up fewer hyper-steps than that;
     the one step more comes at the very end of the warm-up"""
-    hba,learn,made = HBACallback(warmup=0.25, T_val=50),small_learner(n_train=400),[]
+    hba,learn,made = HBACallback(warmup=0.25, T_train=2, T_val=50, moves=1),small_learner(n_train=400),[]
     class Steps(Callback):
         order = 40
         def after_epoch(self): made.append(len(self.learn.hba.hyper_steps))

@@ -29,7 +29,7 @@ class Bad(HBACallback):
         assert same==bool(bad)
 
 def test_bad_hypergradients_are_skipped_and_counted():
-    learn,hba = small_learner(n_train=400),Bad(warmup=0, T_train=2, moves=1) # 20 steps, 10 hyper-steps per epoch
+    learn,hba = small_learner(n_train=400),Bad(warmup=0, T_train=2) # 20 steps, 10 hyper-steps per epoch
     hba.every,rows = 5,[]
     learn.logger = lambda r: rows.append(list(r))
     learn.fit(2, cbs=hba)
@@ -37,7 +37,7 @@ def test_bad_hypergradients_are_skipped_and_counted():
     assert all(math.isfinite(r[learn.recorder.metric_names.index('hyper_loss')]) for r in rows)
 
 def test_too_many_bad_hypergradients_stop_the_search_with_the_reason():
-    learn,hba = small_learner(n_train=400),Bad(warmup=0, T_train=2, moves=1)
+    learn,hba = small_learner(n_train=400),Bad(warmup=0, T_train=2)
     hba.every = 3
     with pytest.raises(FloatingPointError, match='3 of 10 hypergradients of this epoch were not finite'): learn.fit(2, cbs=hba)
     assert len(learn.hba_schedule)>=1 and all('forward' not in vars(m) for m in learn.model.modules())
@@ -63,7 +63,7 @@ def test_lambda_saturates():
     class Push(HBACallback):
         name = 'hba'
         def before_batch(self): super().before_batch(); self.rate = 5.
-    hba = Push(pull=0.)
+    hba = Push()
     small_learner().fit(4, cbs=hba)
     assert hba.lam.value.abs().max()==LAM_MAX and hba.schedule.table.isfinite().all()
     lam,state = torch.full((3,), LAM_MAX),adam_start(torch.zeros(3))

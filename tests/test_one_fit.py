@@ -128,7 +128,8 @@ def test_augmented_as_training_images_are(folders):
     assert len(got)>3 and len({o.numpy().tobytes() for o in got})==len(got)
 
 @pytest.mark.parametrize('kw,match', [(dict(target=0.2), 'target=0.2 is a number'), (dict(target=[]), 'target is an empty list'),
-    (dict(target='no/such'), "target='no/such' does not exist"), (dict(until=1.), 'until=1.0'), (dict(mix=0.), 'mix=0.0'), (dict(mix=1.), 'mix=1.0'), (dict(until=-0.1), 'until=-0.1')])
+    (dict(target='no/such'), "target='no/such' does not exist"), (dict(until=1.), 'until=1.0'),
+    (dict(mix=0.), 'mix=0.0'), (dict(mix=1.), 'mix=1.0'), (dict(until=-0.1), 'until=-0.1')])
 def test_bad_input(kw, match):
     for make in (HBACallback, partial(PolicyCallback, Identity())):
         with pytest.raises((ValueError,TypeError), match=re.escape(match)): make(**kw)

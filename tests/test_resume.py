@@ -61,7 +61,7 @@ def test_resume_in_a_process_with_another_seed_holds_the_same_items_out(tmp_path
 
 OTHER = { # how the fit that goes on differs: changes of the Learner, of the fit, of the search; and what is named
     'epochs': ({}, dict(n=3), {}, 'epochs=2 and this search has 3'), 'T_train': ({}, {}, dict(T_train=3), 'T_train=4 and this search has 3'),
-    'moves': ({}, {}, dict(moves=3), 'moves=2 and this search has 3'), 'share': ({}, {}, dict(share=0.3), 'share=0.25 and this search has 0.3'),
+    'moves': ({}, {}, dict(moves=3), 'moves=2 and this search has 3'), 'share': ({}, {}, dict(share=0.3), 'share=1.0 and this search has 0.3'),
     'layers': ({}, {}, dict(strategy='bn'), "strategy='auto' and this search has 'bn'"),
     'model': (dict(model=small_net(n=12)), {}, {}, 'of another model .* 8.weight has shape .10, 16. there and .12, 16. here'),
     'data': (dict(n_train=220), {}, {}, 'train_items=200 and this search has 220'),
