@@ -30,14 +30,7 @@ class Clock:
     def __init__(self, T_train:int): # Steps between hyper-steps
         self.T_train,self.count = T_train,0
         self.cancelled = False # Was the step of this batch left out?
-        self.wait,self.until = None,None # Epochs of the course after which λ moves, and after which it does no longer
-
-    def plan(self, total:float, wait:float, until:float): # Epochs of the course, shares of it
-        self.wait,self.until = wait*total,until*total
-
-    def n_steps(self, per_epoch:float) -> float: # Optimizer steps of an epoch
-        "How often hyper-steps will be due in the course"
-        return per_epoch*(self.until-self.wait)/self.T_train
+        self.wait,self.until = None,float('inf') # Epochs of the course after which λ moves, and after which it is frozen
 
     def stepped(self): self.count += not self.cancelled
     def due(self, epochs:float) -> bool: # Epochs of the course that are done
@@ -45,6 +38,11 @@ class Clock:
         if self.count<self.T_train: return False
         self.count = 0
         return self.wait-1e-9 <= epochs <= self.until+1e-9
+
+    def over(self, epochs:float) -> bool: return epochs >= self.until-1e-9
+    def n_steps(self, per_epoch:float, total:float) -> float: # Optimizer steps of an epoch, epochs of the course
+        "How often hyper-steps will be due"
+        return per_epoch*(min(self.until, total)-self.wait)/self.T_train
 
 # %% ../nbs/06f0_clock.ipynb #6d5d646e
 @contextmanager

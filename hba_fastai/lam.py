@@ -47,7 +47,7 @@ class Hyperparameters:
         start:Tensor,   # λ (H,) at the start
         floor:Tensor|None=None, # λ (H,) that it may not fall below, unless it starts there; None: no bound within |λ| ≤ 15
         groups:list|None=None,  # See `adam`
-        pull:float=0.           # Strength of the pull to the start, as AdamW has one to 0: where the gradients agree as m/√v = s, λ settles at start - s/pull
+        pull:float=0.           # Strength of a pull to the start, as AdamW's to 0: where gradients agree as m/√v = s, λ settles at start - s/pull
     ):
         self.value,self.start,self.groups,self.pull = start.clone(),start,groups,pull
         self.lowest = torch.full_like(start, -LAM_FREE) if floor is None else torch.minimum(start, floor)

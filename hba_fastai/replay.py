@@ -39,9 +39,13 @@ class Course:
         if not goes_on: self.done = 0
         self.total = self.done + (whole or n)
 
+    def epochs(self, learn) -> float:
+        "Epochs that are done"
+        return self.done + learn.pct_train*learn.n_epoch
+
     def progress(self, learn) -> float:
         "0 at the start of the course, 1 at its end"
-        return (self.done + learn.pct_train*learn.n_epoch)/self.total
+        return self.epochs(learn)/self.total
 
 # %% ../nbs/06e_replay.ipynb #b2832d3c
 _schedules = weakref.WeakKeyDictionary() # the schedule of the last search of each Learner, kept outside of it so that `export` needs no hba_fastai

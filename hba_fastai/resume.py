@@ -76,7 +76,8 @@ def training_state(learn) -> dict:
 def search_state(hba) -> dict:
     "All that the search beside it needs"
     phi = [p for p,_ in hba.net.params]
-    random = dict(seed=hba.base_seed, generators={k: g.get_state() for k,g in hba.generators.items()}, stream=[hba.stream.i_pass,hba.stream.place])
+    place = lambda stream: stream and [stream.i_pass,stream.place]
+    random = dict(seed=hba.base_seed, generators={k: g.get_state() for k,g in hba.generators.items()}, stream=place(hba.stream), late=place(hba.late))
     progress = dict(clock=vars(hba.clock), course=vars(hba.course), inactive=hba.inactive,
                     at=[a for a,_ in hba.points], lams=torch.stack([l for _,l in hba.points]))
     return dict(lam=hba.lam.state_dict(), net=hba.net.state_dict(), phi_state=_builtin([[s.get(p, {}) for p in phi] for s in states(hba.opt)]),
@@ -134,6 +135,7 @@ def load_behind(hba, d:dict):
     for s,old in zip(states(hba.opt), search['phi_state']): s.update({p:o for (p,_),o in zip(hba.net.params, old) if o})
     _load_buffers(hba.bound, search['policies'])
     hba.stream.go_to(*search['stream'])
+    if hba.late: hba.late.go_to(*search['late'])
     for k,g in hba.generators.items(): g.set_state(search['generators'][k].cpu())
     inner_dl(hba.dls.train).rng.setstate(training['train_rng'])
     set_rng_state(training['rng'])

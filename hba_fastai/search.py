@@ -123,10 +123,12 @@ class HBACallback(PolicyCallback):
         "Count real optimizer steps"
         self.clock.stepped()
 
+    def is_late(self) -> bool: return self.clock.over(self.course.epochs(self.learn)) # once λ is frozen, also in a second fit
+
     def after_batch(self):
         "The plain network again; hyper-steps when they are due"
         self.net.respond(None)
-        if self.clock.due(self.course.done + self.learn.pct_train*self.learn.n_epoch):
+        if self.clock.due(self.course.epochs(self.learn)):
             for _ in range(self.T_val): self.hyper_step()
 
     def after_train(self):
@@ -209,8 +211,10 @@ def refuse_old_model(self:HBACallback):
 @patch
 def begin(self:HBACallback, reason:str):
     "What the search begins with, or goes on from"
-    if self.clock.wait is None: self.clock.plan(self.course.total, self.warmup, 1. if self.target is None else self.until)
-    n = self.clock.n_steps(steps_per_epoch(self.learn))*self.T_val*self.moves
+    total = self.course.total
+    until = float('inf') if self.target is None else self.until*total
+    if self.clock.wait is None: self.clock.wait,self.clock.until = self.warmup*total,until
+    n = self.clock.n_steps(steps_per_epoch(self.learn), total)*self.T_val*self.moves
     self.rate,self.searched = default_hlr(n) if self.hlr is None else self.hlr,weakref.ref(get_model(self.model))
     self.generators.setdefault('exploit', torch.Generator(self.device).manual_seed(self.base_seed)) # the same in all processes
     if self.saved: resuming.load_behind(self, self.saved)
