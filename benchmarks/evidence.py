@@ -5,7 +5,8 @@
     python benchmarks/evidence.py --again                     # counts anew in the series that were kept
     python benchmarks/evidence.py --table                     # writes results/evidence.md
 
-Searches on digits as in payoff.py (500 source images, 900 steps of 50; the defaults, but a hyper-step every 2 training steps), with 30 or 100 target images, up to 60% of the course:
+Searches on digits as in payoff.py (500 source images, 900 steps of 50; the defaults, but a hyper-step every 2 training steps),
+with 30 or 100 target images, up to 60% of the course:
     none        the target images are as the source images
     permuted    there is no response to learn: the doses are permuted among the samples of each batch; with a shift of the target and without
     a shift     one that an operation describes (a plant, six of them), or none does (four)
