@@ -4,7 +4,8 @@
     python benchmarks/no_shift.py --table
 
 The digits of payoff.py without a shift: 250 or 1,000 training images, 200 validation images for the hyper-steps, the rest for the test; short and
-long trainings. Every arm is trained on the training images alone. The control is the one that the validation images choose among `CONTROLS` (loss), for each cell and seed.
+long trainings. Every arm is trained on the training images alone. The control is the one that the validation images choose among `CONTROLS` (loss), for
+each cell and seed.
 results/no_shift.jsonl: n_train, steps, seed, arm, error, valid_loss, cpu_seconds.
 """
 import argparse,gc,json,time

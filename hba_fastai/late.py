@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.vision.core import TensorBBox
 from .policy import Policies
 from .stream import inner_dl
 from .target import *
@@ -27,6 +28,13 @@ def check_late(target, until:float, mix:float):
     if not 0<mix<1: raise ValueError(f"mix={mix} is the share of target images in a batch: it must be above 0 and below 1")
 
 # %% ../nbs/06d_late.ipynb #a0aff9e9
+def _batch_size(train) -> int:
+    "Raise where target images cannot take a share of the batches of `train`"
+    if train.bs is None: raise ValueError("Target images take a share of each batch and the training loader has no batch size: make `dls` with a `bs`")
+    if any(isinstance(o, TensorBBox) for o in training_batch(train, 1)[0]):
+        raise ValueError("Target images join the training batches and each image has a number of boxes of its own: use `valid` instead of `target`")
+    return train.bs
+
 @contextmanager
 def late_batches(
     learn,
@@ -38,8 +46,7 @@ def late_batches(
     rank:int=0   # Of this process
 ):
     "The stream of target images as training has its own: with its random transforms, under `policies`. A torch loader's come as they are"
-    bs = inner_dl(learn.dls.train).bs
-    if bs is None: raise ValueError("Target images take a share of each batch and the training loader has no batch size: make `dls` with a `bs`")
+    bs = _batch_size(inner_dl(learn.dls.train))
     with target_batches(learn, target, seed, rank, max(round(mix*bs), 1)) as stream:
         fastai = isinstance(stream.dl, DataLoader)
         with policies_in(DataLoaders(stream.dl), policies, lam, sigma, generators) if fastai else nullcontext():

@@ -297,4 +297,5 @@ def report(self:HBACallback) -> pd.DataFrame:
     df = evidence(self.lam.gradients(), self.policies.space, self.lam.value, self.points[0][1] if self.points else self.start)
     moved = self.net is None or any(v.abs().max()>0 for l in self.net.layers for v in l.V.values())
     print('. '.join([*hindrances(self.provenance, moved), in_words(df)]))
+    if self.target is not None: print(f"Whatever was found, target images took {self.mix:.0%} of each batch after {self.until:.0%} of the training.")
     return df

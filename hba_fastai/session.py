@@ -244,7 +244,7 @@ def search_digits(learn, hba, epochs, out, picture, seed, same):
 def run(path, arch, epochs, out, size, bs, lr, seed, strategy, skip, limits, target, same):
     "What `hba_search` does"
     t,demo = time.time(),path is None
-    epochs = epochs or (90 if demo else 30)
+    if epochs is None: epochs = 90 if demo else 30
     check_numbers(epochs, size, bs, lr, seed)
     if demo and target: raise CliError(f"--target {target} needs images to train on, and the digits bring a target of their own: give a PATH")
     if same and not demo: raise CliError(f"--same is for the digits, and {path} is given: leave it out")

@@ -140,7 +140,8 @@ def test_refusals(pngs, tmp_path):
                      (dict(path=f'{tmp_path}/few'), r'cut\.png \(cannot be read'),
                      (dict(epochs=0), '1 or more'), (dict(size=0), '--size'), (dict(bs=0), '--bs'), (dict(bs=1), '--bs'),
                      (dict(lr=-1), '--lr'), (dict(seed=-1), '--seed'),
-                     (dict(epochs=1, bs=64), 'no hyper-step'),
+                     (dict(epochs=1, bs=64), 'no hyper-step'), (dict(same=True), '--same is for the digits'),
+                     (dict(target='nowhere'), "target='nowhere' does not exist"), (dict(path=None, target=im), 'bring a target of their own'),
                      (dict(out=str(tmp_path)), 'is a folder'), (dict(out='x.png'), 'name of a picture'),
                      (dict(out=f'{im}/a/0.png/s.json'), 'cannot be written'),
                      (dict(arch='resnet17x'), 'resnet17x'), (dict(arch='ResNet'), 'no classifier'),
@@ -178,6 +179,15 @@ def test_each_class_is_held_out_unless_it_has_one_image(tmp_path):
     train,valid,_ = split_folder(tmp_path/'two', 0)
     assert [sorted(f.parent.name for f in fs) for fs in (train,valid)]==[['a','b','c','c'],['a','b','c']]
     with pytest.raises(CliError, match='The 2 classes under .* have one image each'): split_folder(tmp_path/'one', 0)
+
+def test_a_target_folder(pngs, tmp_path):
+    "Its images steer the search and join training; what the plan says of them holds"
+    target,out = write_images(tmp_path/'target', 3),tmp_path/'s.json'
+    r = search(pngs, '--target', target, '--epochs', 5, *SMALL, '--out', out)
+    assert r.returncode==0, r.stderr
+    assert 'target images take 50% of each batch after 60%, when the policy is fixed' in r.stdout
+    s = Schedule.load(out)
+    assert s.provenance['target'].endswith(str(target)) and s.provenance['until']==0.6 and (s.table[3]==s.table[5]).all()
 
 def test_links_do_not_put_an_image_on_both_sides(pngs):
     (pngs/'loop').symlink_to(pngs)

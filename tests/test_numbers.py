@@ -63,7 +63,7 @@ def test_lambda_saturates():
     class Push(HBACallback):
         name = 'hba'
         def before_batch(self): super().before_batch(); self.rate = 5.
-    hba = Push()
+    hba = Push(pull=0., T_train=2)
     small_learner().fit(4, cbs=hba)
     assert hba.lam.value.abs().max()==LAM_MAX and hba.schedule.table.isfinite().all()
     lam,state = torch.full((3,), LAM_MAX),adam_start(torch.zeros(3))

@@ -5,11 +5,12 @@ import pytest, torch
 from torch import Tensor
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner # with `fine_tune`
-from fastai.data.transforms import get_image_files
+from fastai.data.block import DataBlock
+from fastai.data.transforms import IndexSplitter,get_image_files
 from fastai.torch_core import params
 from fastai.vision.augment import Resize,aug_transforms
 from fastai.vision.core import PILImage,TensorImage
-from fastai.vision.data import ImageDataLoaders
+from fastai.vision.data import BBoxBlock,BBoxLblBlock,ImageBlock,ImageDataLoaders
 from conftest import small_learner
 from hba_fastai.all import HBACallback,PBAPolicy,Policy,PolicyCallback,Schedule,ScheduleCallback,TrivialAugmentWide
 from hba_fastai.data import digits
@@ -138,6 +139,15 @@ def test_bad_pairs():
     dl = small_learner().dls.valid
     with pytest.raises(ValueError, match='valid and target both say'): HBACallback(valid=0.2, target=dl)
     with pytest.raises(ValueError, match='until must be the larger'): HBACallback(target=dl, until=0.3)
+
+def test_boxes_are_refused_before_the_first_step(folders):
+    files = get_image_files(folders/'train')[:8]
+    boxes = lambda f: [[0,0,4,4]]*(1+int(f.stem)%3)
+    block = DataBlock((ImageBlock,BBoxBlock,BBoxLblBlock), n_inp=1, get_y=[boxes,lambda f: ['a']*len(boxes(f))], splitter=IndexSplitter([0,1]), item_tfms=Resize(16))
+    learn = small_learner(dls=block.dataloaders(files, bs=2, num_workers=0))
+    learn.loss_func,before = (lambda p,*y: p.sum()),[o.clone() for o in learn.model.parameters()]
+    with pytest.raises(ValueError, match='a number of boxes of its own: use `valid` instead'): learn.fit(1, cbs=PolicyCallback(Identity(), target=learn.dls.valid))
+    assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
 
 @pytest.mark.parametrize('event', ['before_batch','after_batch','after_epoch'])
 def test_stopped_while_target_images_train(event):
