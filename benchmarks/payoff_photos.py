@@ -32,7 +32,10 @@ FILE,TABLE = RESULTS/'payoff'/'photos.jsonl',RESULTS/'payoff_photos.md'
 N_TARGET = 100
 
 @lru_cache
-def photos(): return {k: (small(x, 16), y) for k,(x,y) in cifar().items()}
+def photos():
+    "At 16 pixels, and shuffled: the archive has one class after the other"
+    order = {k: torch.randperm(len(y), generator=torch.Generator().manual_seed(0)) for k,(_,y) in cifar().items()}
+    return {k: (small(x[order[k]], 16), y[order[k]]) for k,(x,y) in cifar().items()}
 
 @lru_cache(4)
 def sets(task, seed):
