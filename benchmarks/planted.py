@@ -9,6 +9,8 @@ policy of the last λ:
     dose(o) = Σ_copies P(copy is applied) · Δ_o(magnitude)
     Δ_o(m) = mean |o(x; m) - x| over 256 training images, pixels and channels in [0,1], both signs
 
+Test errors on photographs are of the first 5,000 test images, which belong to five of the ten classes: compare them within a table alone.
+
 Each run appends one line to results/planted/TASK/CONFIG.jsonl. Seconds are CPU seconds of a process with one thread, so that
 runs may go side by side.
 """
