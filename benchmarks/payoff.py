@@ -371,8 +371,8 @@ def interval(pairs, k=2000):
 
 def pooled_table(rs, steps, n):
     "Over shifts: differences from one rival that is the same for all, and from the best of each; and the share of the gap to the oracle that is closed"
-    out = head('shifts', 'arm', 'cells', 'against late_start, points', 'against the best rival of each shift', 'shifts behind that by more than 2 SE and 1 point',
-               'of the gap to the oracle closed (95%)', 'the same of late_start')
+    out = head('shifts', 'arm', 'cells', 'against late_start, points', 'against the best rival of each shift',
+               'shifts behind that by more than 2 SE and 1 point', 'of the gap to the oracle closed (95%)', 'the same of late_start')
     for name,shifts in {'in reach of the operations': {**SINGLE, **PAIRS}, 'out of reach': OUTSIDE, 'all': SHIFTS}.items():
         for arm in OURS:
             seen = [s for s in shifts if errors(rs, steps, n, s, arm)]

@@ -32,6 +32,10 @@ class Clock:
         self.cancelled = False # Was the step of this batch left out?
         self.wait,self.until = None,float('inf') # Epochs of the course after which λ moves, and after which it is frozen
 
+    def plan(self, total:float, wait:float, until:float|None): # Epochs of the course; shares of it, None: λ is never frozen
+        self.wait = wait*total
+        if until is not None: self.until = until*total
+
     def stepped(self): self.count += not self.cancelled
     def due(self, epochs:float) -> bool: # Epochs of the course that are done
         "Were `T_train` steps made since the last hyper-step, while λ may move?"

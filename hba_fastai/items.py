@@ -123,6 +123,11 @@ def refuse_unknown(
     raise ValueError(f"{upper_first(what)} has classes that the Learner does not know, {first_few(unknown)}: {fix}")
 
 # %% ../nbs/06ab_items.ipynb #ffaf2130
+def _takes_rgb(ds) -> bool:
+    "Are the images of `ds` of 8 bits per colour, so that others would be cut off?"
+    lists = getattr(ds, 'tls', [ds])
+    return isinstance(ds, ArrayDataset) or PILImage in (getattr(lists[0], 'types', None) or [])
+
 def file_items(
     ds,         # Training set of the Learner, whose pipeline is taken
     files:list, # Paths
@@ -134,7 +139,7 @@ def file_items(
     if not isinstance(ds, (ArrayDataset,Datasets,TfmdLists)):
         data = f"needs data that fastai reads, e.g. by ImageDataLoaders, and this Learner has a {type(ds).__name__}"
         raise TypeError(f"{upper_first(what)} {data}: give a loader")
-    check_readable(files, what)
+    check_readable(files, what, rgb=_takes_rgb(ds))
     if not (isinstance(ds, ArrayDataset) or isinstance(ds, Datasets) and one_label(ds)): return _labelled_by_dls(ds, files, what)
     names,number = class_names(ds, files, vocab, folder),{o:i for i,o in enumerate(vocab)}
     refuse_unknown(sorted(set(names)-set(vocab)), vocab, what)

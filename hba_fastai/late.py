@@ -14,6 +14,7 @@ from torch import Tensor
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.vision.core import TensorBBox
+from .items import upper_first
 from .policy import Policies
 from .stream import inner_dl
 from .target import *
@@ -35,6 +36,13 @@ def _batch_size(train) -> int:
         raise ValueError("Target images join the training batches and each image has a number of boxes of its own: use `valid` instead of `target`")
     return train.bs
 
+def _check_shapes(stream, t:tuple): # `t`: a training batch
+    "Raise unless target images and training images fit into one batch"
+    for o,p in zip(stream.peek(), t):
+        if isinstance(p, Tensor) and o.shape[1:]!=p.shape[1:]:
+            raise ValueError(f"{upper_first(stream.what)} gives {tuple(o.shape[1:])} and training {tuple(p.shape[1:])} to one batch: "
+                "give both one size, such as `item_tfms=Resize(224)`")
+
 @contextmanager
 def late_batches(
     learn,
@@ -47,7 +55,9 @@ def late_batches(
 ):
     "The stream of target images as training has its own: with its random transforms, under `policies`. A torch loader's come as they are"
     bs = _batch_size(inner_dl(learn.dls.train))
+    t = peek(learn.dls)
     with target_batches(learn, target, seed, rank, max(round(mix*bs), 1)) as stream:
+        _check_shapes(stream, t)
         fastai = isinstance(stream.dl, DataLoader)
         with policies_in(DataLoaders(stream.dl), policies, lam, sigma, generators) if fastai else nullcontext():
             stream.close() # the batch that was checked has been read without the policies
@@ -55,7 +65,8 @@ def late_batches(
 
 # %% ../nbs/06d_late.ipynb #3c1b0058
 def mix_in(learn, b:tuple, mix:float): # `b`: target images and their labels, plain tensors
-    "The last images of the present batch give way to those of `b`"
-    n,k = learn.dls.n_inp,min(round(mix*len(learn.xb[0])), len(b[0]))
+    "The last images of the present batch give way to those of `b`: at least one, and not all"
+    n,size = learn.dls.n_inp,len(learn.xb[0])
+    k = min(max(round(mix*size), 1), size-1, len(b[0]))
     put = lambda old,new: torch.cat([old[:len(old)-k], new[:k].to(old.device, old.dtype)]) if isinstance(old, Tensor) else old
     learn.xb,learn.yb = tuple(map(put, learn.xb, b[:n])),tuple(map(put, learn.yb, b[n:]))

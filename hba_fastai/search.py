@@ -211,10 +211,8 @@ def refuse_old_model(self:HBACallback):
 @patch
 def begin(self:HBACallback, reason:str):
     "What the search begins with, or goes on from"
-    total = self.course.total
-    until = float('inf') if self.target is None else self.until*total
-    if self.clock.wait is None: self.clock.wait,self.clock.until = self.warmup*total,until
-    n = self.clock.n_steps(steps_per_epoch(self.learn), total)*self.T_val*self.moves
+    if self.clock.wait is None: self.clock.plan(self.course.total, self.warmup, None if self.target is None else self.until)
+    n = self.clock.n_steps(steps_per_epoch(self.learn), self.course.total)*self.T_val*self.moves
     self.rate,self.searched = default_hlr(n) if self.hlr is None else self.hlr,weakref.ref(get_model(self.model))
     self.generators.setdefault('exploit', torch.Generator(self.device).manual_seed(self.base_seed)) # the same in all processes
     if self.saved: resuming.load_behind(self, self.saved)

@@ -53,6 +53,7 @@ def _check_list(files, name):
 def _check_data(data, name, forms):
     "Raise if `data` are neither a folder, nor files, nor loaders"
     if isinstance(data, (DataLoader,torch_data.DataLoader)): return
+    if data=='': raise ValueError(f"{name} is an empty name: give {forms}")
     if isinstance(data, (str,Path)): _check_folder(Path(data).expanduser(), name)
     elif isinstance(data, (list,tuple,L)): _check_list(data, name)
     elif not isinstance(data, DataLoaders): raise TypeError(f"{name} is of type {type(data).__name__}: use {forms}")
@@ -159,11 +160,11 @@ def count_classes(labels:np.ndarray, vocab:list|None) -> dict:
     names,n = vocab or [str(i) for i in range(labels.max()+1)],np.bincount(labels)
     return {o:int(n[i]) if i<len(n) else 0 for i,o in enumerate(names)}
 
-def warn_of_missing(counts:dict|None, what:str):
+def warn_of_missing(counts:dict|None, what:str, joins:bool=False): # `joins`: do its images take a share of training batches?
     "Warn of classes without an item"
     missing = [o for o,n in (counts or {}).items() if not n and o!='#na#']
     if missing: warnings.warn(f"{upper_first(what)} has no image of {len(missing)} of {len(counts)} classes, {first_few(missing)}: "
-        "it says nothing about them")
+        + ("late batches have fewer of them and the network unlearns them, so add some" if joins else "it says nothing about them"))
 
 # %% ../nbs/06b_target.ipynb #89a6c2d9
 def _held_out(train, valid, seed, undo):
@@ -178,11 +179,18 @@ def _held_out(train, valid, seed, undo):
         "hold out fewer or use a smaller `bs`")
     return out
 
-def _files(valid) -> tuple: # (files, the folder that holds them or None, phrase)
+def _refuse_parts(folder, files, vocab):
+    "Raise where a folder has parts like a data set's, some of which may be meant for other things"
+    parts = {f.relative_to(folder).parts[0] for f in files} & {'train','valid','val','test'} - set(vocab or [])
+    if parts: raise ValueError(f"The folder {folder} has folders {first_few(sorted(parts))} where those of classes should be: "
+        f"give one of them, such as {folder/min(parts)}")
+
+def _files(valid, vocab=None) -> tuple: # (files, the folder that holds them or None, phrase)
     folder = Path(valid).expanduser() if isinstance(valid, (str,Path)) else None
     what = f'the folder {folder}' if folder else f'a list of {len(valid)} files'
     files = sorted(get_image_files(folder)) if folder else [Path(f).expanduser() for f in valid]
     if not files: raise ValueError(f"{upper_first(what)} holds no images: give one with a sub-folder per class")
+    if folder: _refuse_parts(folder, files, vocab)
     return files,folder,what
 
 # %% ../nbs/06b_target.ipynb #56dee06a
@@ -207,7 +215,7 @@ def _source(dls, valid, seed, undo, for_training=False) -> tuple:
     if isinstance(valid, numbers.Real):
         what = f'a hold-out of {100*valid:g}% of the training set' if valid<1 else f'a hold-out of {valid} training items'
         return own_loader(base, dataset=train.dataset),_held_out(train, valid, seed, undo),bs,what
-    files,folder,what = _files(valid)
+    files,folder,what = _files(valid, vocab_of(dls))
     items = file_items(train.dataset, files, vocab_of(dls), what, folder)
     return own_loader(base, split_idx=0 if for_training else 1, dataset=items, n=len(items)),range(len(items)),bs,what
 
@@ -245,7 +253,7 @@ def target_batches(
             check_labels(torch.from_numpy(labels).to(t[-1].dtype), t[-1], n_classes, what)
             stream.counts = count_classes(labels, vocab)
         if not isinstance(valid, numbers.Real): # a hold-out has said what it lacks, and training does not see it
-            warn_of_missing(stream.counts, what)
+            warn_of_missing(stream.counts, what, bool(k))
             warn_of_overlap(train.dataset, dl.dataset, what)
         yield stream
 

@@ -74,9 +74,10 @@ class Verdict:
         error = lambda arm: f'{100*self.wrong[arm].mean():.0f}%'
         before = f'{error(AS_IT_IS)} -> ' if AS_IT_IS in self.wrong and best!=AS_IT_IS else ''
         low,high = (100*o for o in wilson(int(self.wrong[best].sum()), n))
-        line = f"Use {best}: {before}{error(best)} on {n} images held out (95% {low:.0f}-{high:.0f})"
+        decided = other is None or self.p<0.05
+        line = f"{'Use' if decided else 'Not decided, but ahead is'} {best}: {before}{error(best)} on {n} images held out (95% {low:.0f}-{high:.0f})"
         if other is None: return line
-        chance = 'more than chance gives' if self.p<0.05 else f'within what {n} images can tell'
+        chance = 'more than chance gives' if decided else f'within what {n} images can tell'
         return f"{line}; {other} {error(other)}: the difference is {chance} (p {f'= {self.p:.2g}' if self.p>=0.001 else '< 0.001'})"
 
     def __repr__(self): return f"{self.table.to_string(index=False, float_format='{:.1f}'.format)}\n{self.words()}"
@@ -226,6 +227,9 @@ def hba_verdict(
     seed:int=0    # Of the folds and of each fit
 ) -> Verdict:
     "What labelled target images are worth, and how to use them, by folds over these images alone"
+    if isinstance(make_learner, Learner) or not callable(make_learner):
+        raise TypeError(f"make_learner is a {type(make_learner).__name__} and each training needs a new Learner: give a function, such as "
+            "`lambda: vision_learner(dls, resnet18)`")
     trial,wrong = Trial(make_learner, target, k, fit, ARMS if arms is None else arms, seed),{}
     trial.say_plan()
     with trial.reported(wrong):

@@ -125,11 +125,12 @@ def test_augmented_as_training_images_are(folders):
         order = 20
         def before_batch(self):
             if self.training: got.append(self.xb[0][7].clone())
-    with pytest.warns(UserWarning, match='it says nothing about them'): learn.fit(1, 0., cbs=[PolicyCallback(Identity(), target=one, until=0.), Take()])
+    cbs = [PolicyCallback(Identity(), target=one, until=0.),Take()]
+    with pytest.warns(UserWarning, match='the network unlearns them, so add some'): learn.fit(1, 0., cbs=cbs)
     assert len(got)>3 and len({o.numpy().tobytes() for o in got})==len(got)
 
 @pytest.mark.parametrize('kw,match', [(dict(target=0.2), 'target=0.2 is a number'), (dict(target=[]), 'target is an empty list'),
-    (dict(target='no/such'), "target='no/such' does not exist"), (dict(until=1.), 'until=1.0'),
+    (dict(target=''), 'target is an empty name'), (dict(target='no/such'), "target='no/such' does not exist"), (dict(until=1.), 'until=1.0'),
     (dict(mix=0.), 'mix=0.0'), (dict(mix=1.), 'mix=1.0'), (dict(until=-0.1), 'until=-0.1')])
 def test_bad_input(kw, match):
     for make in (HBACallback, partial(PolicyCallback, Identity())):
@@ -143,11 +144,42 @@ def test_bad_pairs():
 def test_boxes_are_refused_before_the_first_step(folders):
     files = get_image_files(folders/'train')[:8]
     boxes = lambda f: [[0,0,4,4]]*(1+int(f.stem)%3)
-    block = DataBlock((ImageBlock,BBoxBlock,BBoxLblBlock), n_inp=1, get_y=[boxes,lambda f: ['a']*len(boxes(f))], splitter=IndexSplitter([0,1]), item_tfms=Resize(16))
+    get_y = [boxes,lambda f: ['a']*len(boxes(f))]
+    block = DataBlock((ImageBlock,BBoxBlock,BBoxLblBlock), n_inp=1, get_y=get_y, splitter=IndexSplitter([0,1]), item_tfms=Resize(16))
     learn = small_learner(dls=block.dataloaders(files, bs=2, num_workers=0))
     learn.loss_func,before = (lambda p,*y: p.sum()),[o.clone() for o in learn.model.parameters()]
-    with pytest.raises(ValueError, match='a number of boxes of its own: use `valid` instead'): learn.fit(1, cbs=PolicyCallback(Identity(), target=learn.dls.valid))
+    with pytest.raises(ValueError, match='a number of boxes of its own: use `valid` instead'):
+        learn.fit(1, cbs=PolicyCallback(Identity(), target=learn.dls.valid))
     assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
+
+@pytest.mark.parametrize('callback', [partial(PolicyCallback, Identity()), HBACallback])
+def test_target_images_of_another_size_are_refused_before_the_first_step(folders, callback):
+    dls = ImageDataLoaders.from_folder(folders/'train', valid_pct=0.3, seed=1, bs=8, num_workers=0) # 16 pixels, without a Resize
+    for i,f in enumerate(get_image_files(folders/'target')[:8]):
+        (folders/'large'/f.parent.name).mkdir(parents=True, exist_ok=True)
+        PILImage.create(f).resize((24,24)).save(folders/'large'/f.parent.name/f'{i}.png')
+    learn = small_learner(dls=dls)
+    before = [o.clone() for o in learn.model.parameters()]
+    with pytest.warns(UserWarning, match='unlearns them|says nothing'), pytest.raises(ValueError, match=r'24\) and training \(3, 16, 16\) to one batch'):
+        learn.fit(1, cbs=callback(target=folders/'large'))
+    assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
+
+def test_a_folder_of_parts_is_refused(folders):
+    dls = ImageDataLoaders.from_folder(folders/'train', valid_pct=0.3, seed=1, bs=8, num_workers=0, item_tfms=Resize(14))
+    root = folders/'parts'
+    for part in ('train','test'):
+        (root/part/'digit1').mkdir(parents=True, exist_ok=True)
+        for i,f in enumerate(get_image_files(folders/'target'/'digit1')[:3]): PILImage.create(f).save(root/part/'digit1'/f'{i}.png')
+    with pytest.raises(ValueError, match='has folders test, train where those of classes should be: give one of them'):
+        small_learner(dls=dls).fit(1, cbs=HBACallback(target=root))
+
+def test_more_than_8_bits_are_refused(folders):
+    from PIL import Image
+    import numpy as np
+    dls = ImageDataLoaders.from_folder(folders/'train', valid_pct=0.3, seed=1, bs=8, num_workers=0, item_tfms=Resize(14))
+    (folders/'deep'/'digit1').mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((16,16), 40000, np.uint16)).save(folders/'deep'/'digit1'/'a.png')
+    with pytest.raises(ValueError, match='more than 8 bits per colour'): small_learner(dls=dls).fit(1, cbs=HBACallback(target=folders/'deep'))
 
 @pytest.mark.parametrize('event', ['before_batch','after_batch','after_epoch'])
 def test_stopped_while_target_images_train(event):
