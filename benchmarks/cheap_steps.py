@@ -10,7 +10,7 @@ what is compared is what the hypergradients say. Each arm appends one line to
 results/cheap_steps/TASK.jsonl. The place and the lead of the planted operation are by dose (see planted.py); the lead is
 log2(its dose ÷ the largest other dose).
 """
-import argparse,gc,json,math,os,sys,time,traceback
+import argparse,json,math,os,sys,time,traceback
 import torch
 from fastai.callback.all import *
 from fastai.learner import Learner

@@ -3,7 +3,7 @@ import os,pty,re,signal,subprocess,sys
 from functools import partial
 from pathlib import Path
 import numpy as np
-import pytest,torch
+import pytest
 from fastai.learner import load_learner
 from fastcore.script import CliError
 from fastcore.test import test_eq as same

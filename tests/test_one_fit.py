@@ -4,15 +4,14 @@ from functools import partial
 import pytest, torch
 from torch import Tensor
 from fastai.callback.core import Callback
-from fastai.callback.schedule import Learner # with `fine_tune`
 from fastai.data.block import DataBlock
 from fastai.data.transforms import IndexSplitter,get_image_files
 from fastai.torch_core import params
 from fastai.vision.augment import Resize,aug_transforms
-from fastai.vision.core import PILImage,TensorImage
+from fastai.vision.core import PILImage
 from fastai.vision.data import BBoxBlock,BBoxLblBlock,ImageBlock,ImageDataLoaders
 from conftest import small_learner
-from hba_fastai.all import HBACallback,PBAPolicy,Policy,PolicyCallback,Schedule,ScheduleCallback,TrivialAugmentWide
+from hba_fastai.all import HBACallback,Policy,PolicyCallback,Schedule,ScheduleCallback,TrivialAugmentWide
 from hba_fastai.data import digits
 from hba_fastai.lam import Hyperparameters
 
