@@ -69,8 +69,8 @@ class PolicyCallback(Callback):
         sigma:float=1.,  # Standard deviation of ε, if there are hyperparameters
         seed:int|None=None, # Seed of its random streams; default: torch's current seed
         target=None,     # Labelled images that join the training batches: a folder, files or a loader
-        until:float=0.6, # Share of the course after which they do
-        mix:float=0.5    # Share of each batch that they then take
+        until:float=UNTIL, # Share of the course after which they do
+        mix:float=MIX    # Share of each batch that they then take
     ):
         check_late(target, until, mix)
         self.policies,self.sigma,self.seed,self.course = Policies(policy),sigma,seed,Course()
@@ -100,7 +100,7 @@ class PolicyCallback(Callback):
         self.close(ended=True)
 
     def progress(self) -> float: return self.course.progress(self.learn)
-    def is_late(self) -> bool: return self.target is not None and self.progress()>=self.until-1e-9
+    def is_late(self) -> bool: return self.progress()>=self.until-1e-9
 
 # %% ../nbs/06e_replay.ipynb #f0b100d0
 @patch
@@ -164,6 +164,9 @@ def insert(self:PolicyCallback, policies, lam):
 @patch
 def join(self:PolicyCallback, policies, lam):
     "Open the stream of the target images for training, under `policies` at `lam()`"
+    n = self.course.total*len(self.dls.train)
+    if (n-1)/n<self.until: raise ValueError(f"until={self.until:g} leaves none of the {n} training batches to the target images: "
+        "train longer, or make it smaller")
     own = {p.name: self.generators[f'target {p.name}'] for p in policies.parts}
     late = late_batches(self.learn, self.target, self.mix, policies, lam, self.sigma, own, self.base_seed, rank_distrib())
     self.late = self.undo.enter_context(late)
@@ -199,7 +202,7 @@ class ScheduleCallback(PolicyCallback):
         sigma:float|None=None, # Standard deviation of ε, default: that of the search
         seed:int|None=None,    # Seed of its random streams; default: torch's current seed
         policy=None,           # The policies that it was found for, as a sum, unless that is `PBAPolicy` alone
-        target=None, until:float=0.6, mix:float=0.5 # Labelled target images that join training, as in `PolicyCallback`
+        target=None, until:float=UNTIL, mix:float=MIX # Labelled target images that join training, as in `PolicyCallback`
     ):
         check_late(target, until, mix)
         self.schedule,self.seed,self.course = as_schedule(schedule),seed,Course()

@@ -34,7 +34,7 @@ def _describe_data(dls, stream) -> dict:
     target = dict(valid_items=stream.n, target_classes=stream.counts)
     return dict(target=stream.what, train_items=train.n, batch_size=train.bs, classes=[str(o) for o in vocab], augmentation=augmentation(dls), **target)
 
-ARGUMENTS = ('condition centred floor pull warmup until mix joint decay fast exploit population_size T_train T_val moves share sigma hlr').split()
+ARGUMENTS = 'condition centred floor pull warmup until mix joint decay fast exploit population_size T_train T_val moves share sigma hlr'.split()
 
 def described(hba, stream) -> dict:
     "What a search is, in numbers and words"
@@ -44,7 +44,7 @@ def described(hba, stream) -> dict:
                 spaces=spaces, start=hba.start.tolist(), **{k: getattr(hba, k) for k in ARGUMENTS})
     model = getattr(arch, '__name__', arch) or type(get_model(learn.model)).__name__
     training = dict(epochs=learn.n_epoch, model=model, optimizer=_describe_optimizer(learn.opt), learning_rates=rates(learn))
-    return dict(**what, **training, **_describe_data(hba.dls, stream))
+    return dict(**what, **training, **_describe_data(hba.dls, stream), joins=hba.target is not None) # do the data of the hyper-steps join training?
 
 # %% ../nbs/06h_resume.ipynb #3e3dbc00
 def provenance(hba, stream, reason:str) -> dict:

@@ -15,6 +15,7 @@ from fastai.basics import *
 from fastai.vision.core import TensorImage
 from .space import *
 from .hypernet import *
+from .late import *
 from .layers import *
 from .exploit import *
 from .lam import *
@@ -38,12 +39,13 @@ class HBACallback(PolicyCallback):
     attached,goes_on = False,True # Is the search in place?
     _stateattrs = *PolicyCallback._stateattrs,'searched','stream','bound'
     searched,stream,bound = None,None,None # The model that was searched with; the target batches and the policies for these data, while a fit lasts
+    hyper_data = property(lambda self: self.valid if self.target is None else self.target) # What the hyper-steps read
     def __init__(self,
         strategy='auto',      # Which layers respond to λ: a name (see `select`), a list of modules, or a predicate on modules
         T_train:int=4,        # Training steps between hyper-steps
         T_val:int=1,          # Hyper-steps in a row
         moves:int=2,          # Steps of Adam on λ in a hyper-step, all by its one gradient of the loss by z
-        share:float=1.,       # Images of a hyper-step, as a share of a training batch; a loader given as `valid` has a batch size of its own
+        share:float=1.,       # Images of a hyper-step, as a share of a training batch; a loader that is given has a batch size of its own
         sigma:float=1.,       # Standard deviation of ε
         hlr:float|None=None,  # Learning rate α' of Adam on λ; default: `default_hlr` of the length of the course
         condition:str='dose', # What the hyper-layers respond to: 'dose' (what was done to each image) or 'lambda' (λ+ε, the paper's)
@@ -63,8 +65,8 @@ class HBACallback(PolicyCallback):
         limits:dict|None=None, # Narrower ranges of magnitudes, `{'Rotate': (0,10)}`, in the units of Table 7
         valid=None,           # Data of the hyper-steps: None (`dls.valid`), a share or number of training items, a folder, files, a loader or `DataLoaders`
         target=None,          # Labelled images like those that the model is for: they are the data of the hyper-steps, and then join training
-        until:float=0.6,      # With `target`: share of the course after which λ is frozen and they join the training batches
-        mix:float=0.5,        # and the share of each batch that they then take
+        until:float=UNTIL,    # With `target`: share of the course after which λ is frozen and they join the training batches
+        mix:float=MIX,        # and the share of each batch that they then take
         seed:int|None=None,   # Seed of its random streams; default: torch's current seed
         checkpoint=None,      # Name of a file in the Learner's model folder (or a path) to write after each epoch
         resume:bool=False     # Go on from the checkpoint, if there is one
@@ -72,7 +74,7 @@ class HBACallback(PolicyCallback):
         store_attr(but='start,policy,skip,limits')
         check_arguments(self)
         self.policies = searched_policies(policy, skip, limits)
-        self.start,self.hyper_data = self.policies.space.start(start),valid if target is None else target
+        self.start = self.policies.space.start(start)
         self.forget()
 
     @classmethod
@@ -290,10 +292,9 @@ def keep(self:HBACallback):
 # %% ../nbs/07_search.ipynb #c3545f74
 @patch
 def report(self:HBACallback) -> pd.DataFrame:
-    """Say in plain words which operations λ favours for a reason: those that stand out from the noise; returns per operation the signal
-    (above 0: more of it lowers the validation loss), how far it stands out (z), whether it is `named` for that, and the values of all its copies"""
+    "Say which operations stand out from the noise; returns for each its signal (above 0: more of it lowers the loss), z, whether it is named, its values"
     df = evidence(self.lam.gradients(), self.policies.space, self.lam.value, self.points[0][1] if self.points else self.start)
     moved = self.net is None or any(v.abs().max()>0 for l in self.net.layers for v in l.V.values())
-    print('. '.join([*hindrances(self.provenance, moved), in_words(df)]))
-    if self.target is not None: print(f"Whatever was found, target images took {self.mix:.0%} of each batch after {self.until:.0%} of the training.")
+    print('. '.join([*hindrances(self.provenance, moved, len(self.lam.series)), in_words(df)]))
+    if self.clock.until < self.points[-1][0]: print(f"Whatever was found, target images took {self.mix:.0%} of each batch after {self.until:.0%}.")
     return df

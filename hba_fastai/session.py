@@ -82,9 +82,10 @@ def say_plan(learn, hba, epochs:int, out:Path):
     steps = n_hyper_steps(hba, epochs*n)
     if not steps: raise CliError(f"--epochs {epochs} with {n} batches each gives no hyper-step, of which a search is made: "
         "give more --epochs or a smaller --bs")
-    joins = '' if hba.target is None else f"        target images take {hba.mix:.0%} of each batch after {hba.until:.0%}, when the policy is fixed\n"
+    frozen = '' if hba.target is None else f' and before {hba.until:.0%}'
+    joins = frozen and f"        target images take {hba.mix:.0%} of each batch after {hba.until:.0%}, when the policy is fixed\n"
     print(f"Search: {epochs} epoch{'s'[:epochs>1]} of {n} batches, {sets[0]} training and {sets[1]} validation images\n"
-          f"        {steps} hyper-step{'s'[:steps>1]}, one every {hba.T_train} batches after {hba.warmup:.0%} of the training\n{joins}"
+          f"        {steps} hyper-step{'s'[:steps>1]}, one every {hba.T_train} batches after {hba.warmup:.0%}{frozen} of the training\n{joins}"
           f"{'Replaces' if out.exists() else 'Writes'} {out}", flush=True)
 
 # %% ../nbs/07c_session.ipynb #17f0d4dd
@@ -160,7 +161,7 @@ def say_found(hba, out, picture):
     hba.schedule.plot()[0].figure.savefig(picture, dpi=100, bbox_inches='tight')
     print()
     hba.report()
-    target = '' if hba.target is None else f', target={str(hba.target)!r}' if isinstance(hba.target, (str,Path)) else ', target=...'
+    target = '' if hba.target is None else f', target={str(hba.target)!r}' if isinstance(hba.target, (str,Path)) else ", target='FOLDER'"
     print(f"\nSchedule: {out}\nPicture:  {picture}\nReuse it: learn.fit_one_cycle(n, cbs=ScheduleCallback({str(out)!r}{target}))")
 
 def search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed):
@@ -169,7 +170,7 @@ def search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed):
     print(f"Checking {len(train)+len(valid)} images of {len(set(map(parent_label, train)))} classes in {path}", flush=True)
     if left_out: print('Left out: ' + ', '.join(f"{k} ({n} image{'s'[:n>1]})" for k,n in left_out.items()), flush=True)
     check_readable([*train, *valid], f'the folder {path}', rgb=True)
-    if hba.target is not None: print(f"Target: {len(image_files(Path(hba.target)))} images in {hba.target}", flush=True)
+    if hba.target is not None: print(f"Target: {len(get_image_files(Path(hba.target).expanduser()))} images in {hba.target}", flush=True)
     set_seed(seed)
     learn = folder_learner(folder_dls(train, valid, size, bs, seed), arch, size)
     say_plan(learn, hba, epochs, out)
@@ -232,7 +233,7 @@ def rivals_on_digits(epochs, seed, same) -> dict: # {training: error in percent}
 # %% ../nbs/07c_session.ipynb #9d006114
 def search_digits(learn, hba, epochs, out, picture, seed, same):
     "One fit on the digits, and a table with its rivals"
-    print(f"Digits: 500 to train on; {'others of the same' if same else 'of another'} camera: 100 with labels, and 1197 that nothing learns from")
+    print(f"Digits: 500 to train on, and of {'the same' if same else 'another'} camera 100 with labels and 1197 that nothing learns from")
     say_plan(learn, hba, epochs, out)
     search(learn, hba, epochs, DIGITS_LR, out)
     found = error_of(learn)

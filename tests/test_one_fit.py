@@ -3,7 +3,7 @@ import re
 from functools import partial
 import pytest, torch
 from torch import Tensor
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback,CancelFitException
 from fastai.data.block import DataBlock
 from fastai.data.transforms import IndexSplitter,get_image_files
 from fastai.torch_core import params
@@ -12,6 +12,7 @@ from fastai.vision.core import PILImage
 from fastai.vision.data import BBoxBlock,BBoxLblBlock,ImageBlock,ImageDataLoaders
 from conftest import small_learner
 from hba_fastai.all import HBACallback,Policy,PolicyCallback,Schedule,ScheduleCallback,TrivialAugmentWide
+from hba_fastai.checkpoint import CheckpointError
 from hba_fastai.data import digits
 from hba_fastai.lam import Hyperparameters
 
@@ -80,8 +81,14 @@ def test_a_schedule_is_reused_with_target_images(tmp_path):
     learn = small_learner(n_valid=60)
     learn.fit(5, 1e-2, cbs=HBACallback(target=learn.dls.valid, seed=0))
     learn.hba_schedule.save(tmp_path/'s.json')
-    other,seen = fitted(lambda dl: ScheduleCallback(tmp_path/'s.json', target=dl, seed=1), epochs=10)
-    assert len(other.dls.train.after_batch.fs)==1 and len(seen)==100
+    class Count(ScheduleCallback):
+        mixed = []
+        def before_batch(self):
+            x = self.learn.xb[0]
+            super().before_batch()
+            self.mixed.append(self.learn.xb[0] is not x)
+    other,_ = fitted(lambda dl: Count(tmp_path/'s.json', target=dl, seed=1), epochs=10)
+    assert len(other.dls.train.after_batch.fs)==1 and Count.mixed==[False]*60+[True]*40
     assert Schedule.load(tmp_path/'s.json').provenance['until']==0.6
 
 @pytest.fixture(scope='module')
@@ -137,8 +144,56 @@ def test_bad_input(kw, match):
 
 def test_bad_pairs():
     dl = small_learner().dls.valid
+    with pytest.raises(ValueError, match='of target images and no target is given'): HBACallback(until=0.5)
+    with pytest.raises(ValueError, match='of target images and no target is given'): PolicyCallback(Identity(), mix=0.1)
     with pytest.raises(ValueError, match='valid and target both say'): HBACallback(valid=0.2, target=dl)
     with pytest.raises(ValueError, match='until must be the larger'): HBACallback(target=dl, until=0.3)
+
+def test_no_batch_for_target_images_is_refused():
+    learn = small_learner(n_valid=60) # 10 batches
+    with pytest.raises(ValueError, match='until=0.95 leaves none of the 10 training batches'): learn.fit(1, cbs=HBACallback(target=learn.dls.valid, until=0.95))
+
+def test_a_loader_of_its_own_with_small_batches_is_named():
+    learn = small_learner(n_valid=60)
+    ds = torch.utils.data.TensorDataset(learn.dls.valid.dataset.x/255, learn.dls.valid.dataset.y)
+    own = torch.utils.data.DataLoader(ds, 4, sampler=torch.utils.data.WeightedRandomSampler([1.]*60, 60))
+    with pytest.warns(UserWarning, match='gives batches of 4 and each training batch takes 10 of its images'):
+        learn.fit(1, cbs=PolicyCallback(Identity(), target=own))
+
+def test_what_is_said_of_the_target_images_is_true(capsys):
+    "Only where they have joined; and few hyper-steps are named"
+    learn = small_learner(n_valid=60)
+    def stop(self):
+        if self.learn.epoch==2: raise CancelFitException
+    for cbs,said in (([],True), ([Callback(after_batch=stop)],False)):
+        hba = HBACallback(target=learn.dls.valid, seed=0)
+        learn.fit(5, 1e-2, cbs=[hba, *cbs])
+        hba.report()
+        out = capsys.readouterr().out
+        assert ('target images took 50% of each batch' in out)==said and f"{len(hba.lam.series)} hyper-step" in out
+
+def test_a_target_and_validation_data_are_not_one_search(tmp_path):
+    learn = small_learner(n_valid=60, path=tmp_path)
+    learn.fit(1, cbs=HBACallback(valid=learn.dls.valid, checkpoint='s'))
+    with pytest.raises(CheckpointError, match='joins'): learn.fit(1, cbs=HBACallback(target=learn.dls.valid, checkpoint='s', resume=True))
+
+def test_the_literal_form_is_the_plain_network_when_target_images_join():
+    "Un-centred layers hold φ0 while λ is searched; from `until` on they hold θ̂(λ) and respond to nothing, as the model that is handed back"
+    learn,rows = small_learner(n_valid=60),[]
+    hba = HBACallback.paper(target=learn.dls.valid, hlr=0.1, seed=0)
+    class Look(Callback):
+        order = 20
+        def before_batch(self):
+            if self.training and hba.is_late() and not rows:
+                x = self.xb[0].as_subclass(Tensor)
+                self.learn.model.eval()
+                with torch.no_grad(): inside = self.learn.model(x)
+                hba.plain_network()
+                with torch.no_grad(): rows.append(torch.equal(inside, self.learn.model(x)))
+                self.learn.model.train()
+    learn.fit(5, 1e-2, cbs=[hba, Look()])
+    x = learn.dls.one_batch()[0].as_subclass(Tensor)
+    assert rows==[True] and hba.lam.series and all('forward' not in vars(m) for m in learn.model.modules()) and learn.model.eval()(x).isfinite().all()
 
 def test_boxes_are_refused_before_the_first_step(folders):
     files = get_image_files(folders/'train')[:8]
