@@ -180,6 +180,11 @@ def environment():
                 machine=f'{cpu}, {os.cpu_count()} cores', threads=torch.get_num_threads(),
                 stolen=round((_cpu()[1]-BEGAN[1])/max(_cpu()[0]-BEGAN[0], 1), 3), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
+def made_by(environments) -> list:
+    "The last lines of a table: each command that had a part in it, with its date"
+    commands = {(e['command'],e['date'],e['torch'],e['machine']): None for e in environments} # in order, each once
+    return [*[f"`{command}`, {date}, torch {torch}, {machine}, one thread.  " for command,date,torch,machine in commands],'']
+
 def footer(e, *more):
     "The last line of a table of times, from `environment()`"
     return ', '.join([f"`{e['command']}`", e['date'], f"torch {e['torch']}", e['gpu'] or e['machine'], f"{e['threads']} thread(s)",

@@ -12,7 +12,7 @@ import argparse,gc,json,time
 from itertools import product
 import torch
 import payoff
-from common import RESULTS,environment,mean_se
+from common import RESULTS,environment,made_by,mean_se
 from payoff import POLICIES,Replay,digits,head,in_package,judge,pm,train
 from hba_fastai.all import HBACallback
 
@@ -68,7 +68,7 @@ def table():
         notes.append(f'Pooled over cells and seeds, {ours} − control: {mean:+.2f} ± {se:.2f} ({len(sum(d, []))}); upper 95% bound {mean+1.645*se:+.2f}.')
     out += ['',*notes,'']
     env = [l['environment'] for l in lines() if 'environment' in l]
-    if env: out += [f"`{env[-1]['command']}`, {env[-1]['date']}, torch {env[-1]['torch']}, {env[-1]['machine']}, one thread.",'']
+    out += made_by(env)
     FILE.with_suffix('.md').write_text('\n'.join(out))
 
 if __name__=='__main__':

@@ -9,7 +9,7 @@ import argparse,gc,json,time
 import numpy as np
 import torch
 import payoff
-from common import RESULTS,environment
+from common import RESULTS,environment,made_by
 from payoff import Cell,SHIFTS,head,judge,pm
 from hba_fastai.all import HBACallback
 
@@ -46,7 +46,7 @@ def table():
             out.append(f"| {v} | {' | '.join(map(pm, by))} | {np.mean(list(e.values())):.1f} | {pm(d, '+')} |")
         out.append('')
     env = [l['environment'] for l in lines() if 'environment' in l]
-    if env: out += [f"`{env[-1]['command']}`, {env[-1]['date']}, torch {env[-1]['torch']}, {env[-1]['machine']}, one thread.",'']
+    out += made_by(env)
     FILE.with_suffix('.md').write_text('\n'.join(out))
 
 if __name__=='__main__':

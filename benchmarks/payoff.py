@@ -28,7 +28,7 @@ from fastai.callback.schedule import Learner,combined_cos # `Learner` with `fit_
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Normalize
-from common import RESULTS,NoValid,environment,mean_se,quiet
+from common import RESULTS,NoValid,environment,made_by,mean_se,quiet
 from hba_fastai.all import HBACallback,OPS,PBAPolicy,Schedule,ScheduleCallback,TrivialAugmentWide,array_dls
 from hba_fastai.data import digits
 from hba_fastai.session import digits_net
@@ -174,8 +174,8 @@ def step(model, opt, x, y, **hypers):
     opt.step()
     opt.zero_grad()
 
-def train(source, steps, seed, policy=None, target=None, since=0., target_plain=False, per_image=False):
-    "One training on the source images; from `since` on, half of each batch are target images, under the same policy or as they are"
+def train(source, steps, seed, policy=None, target=None, since=0., per_image=False):
+    "One training on the source images; from `since` on, half of each batch are target images, under the same policy"
     set_seed(seed)
     model = nn.Sequential(Pixels(per_image), digits_net())
     opt,g = optimizer(model, LR),torch.Generator().manual_seed(seed)
@@ -188,10 +188,8 @@ def train(source, steps, seed, policy=None, target=None, since=0., target_plain=
         x,y = taken(source, sources, BS-k)
         if k:
             xt,yt = taken(target, targets, k)
-            x,y = (augment(x, pct, g) if target_plain else x),torch.cat([y, yt])
-            x = torch.cat([x, xt])
-        if not (k and target_plain): x = augment(x, pct, g)
-        step(model, opt, x, y, lr=lr(pct), momentum=mom(pct))
+            x,y = torch.cat([x, xt]),torch.cat([y, yt])
+        step(model, opt, augment(x, pct, g), y, lr=lr(pct), momentum=mom(pct))
     return model.eval()
 
 def in_package(source, target, steps, seed, callback):
@@ -393,7 +391,7 @@ def table():
            'The best rival is chosen by the test error itself, which favours it; a difference below 0 speaks for HBA. '
            '`late_start`, the target images mixed in from 60% with the start policy on all, is the strongest of the others and the same for all shifts.', '']
     if any('trivial' in k[-1] and 'drawn' not in r for k,r in rs.items()):
-        out += ["TrivialAugment is torchvision's here, drawn image by image.", '']
+        out += ["TrivialAugment is torchvision's, drawn image by image, in the lines without `drawn`, and this package's in the others.", '']
     for n,steps in sorted({(n,steps) for steps,n,*_ in rs if n}, key=lambda o: (o[0]!=100,o[0],-o[1])):
         if not any(errors(rs, steps, n, s, 'one_fit') for s in SHIFTS): continue
         out += [f'## {n} target images, {steps} steps', '', *pooled_table(rs, steps, n), '', *differences_table(rs, steps, n), '']
@@ -401,7 +399,7 @@ def table():
             seen = [s for s in shifts if errors(rs, steps, n, s, 'one_fit')]
             if seen: out += [f'**Shifts: {name}**', '', *arms_table(rs, steps, n, seen), '']
     e = [l['environment'] for l in lines() if 'environment' in l]
-    if e: out += [f"`{e[-1]['command']}`, {e[-1]['date']}, torch {e[-1]['torch']}, {e[-1]['machine']}, one thread.", '']
+    out += made_by(e)
     return '\n'.join(out)
 
 if __name__=='__main__':

@@ -25,7 +25,7 @@ from fastai.vision.augment import Normalize
 from fastai.optimizer import SGD
 import payoff
 from payoff import SHIFTS,head,judge,pm
-from common import CLASSES,MEAN,RESULTS,STD,Bfloat16,FlipCrop,NoValid,array_dls,cifar,environment,quiet,small,wrn
+from common import CLASSES,MEAN,RESULTS,STD,Bfloat16,FlipCrop,NoValid,array_dls,cifar,environment,made_by,quiet,small,wrn
 from hba_fastai.all import HBACallback,PBAPolicy,Policy,PolicyCallback,TrivialAugmentWide
 
 FILE,TABLE = RESULTS/'payoff'/'photos.jsonl',RESULTS/'payoff_photos.md'
@@ -158,7 +158,7 @@ def table():
             out.append(f"| {shift} | {best} | {pm(list(e(shift, best).values()))} | {' | '.join(pm(o, '+') for o in d)} |")
         out += [f"| *mean* | | | {pm(over, '+')} | |",'']
     env = [l['environment'] for l in lines() if 'environment' in l]
-    if env: out += [f"`{env[-1]['command']}`, {env[-1]['date']}, torch {env[-1]['torch']}, {env[-1]['machine']}, one thread.",'']
+    out += made_by(env)
     return '\n'.join(out)
 
 if __name__=='__main__':

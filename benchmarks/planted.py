@@ -32,6 +32,7 @@ from hba_fastai.ops import OPS,OP_NAMES
 from hba_fastai.pba import GAIN,PBAPolicy
 from hba_fastai.policy import SPREAD,Policy
 from hba_fastai.space import GEOMETRIC,TABLE7,PBASpace
+from hba_fastai.verdict import wilson
 
 OUT = RESULTS/'planted'
 
@@ -215,11 +216,6 @@ def rank(r, kind='pixel'):
 def read(task, config):
     f = OUT/task/f'{config}.jsonl'
     return [json.loads(l) for l in f.read_text().splitlines()] if f.exists() else []
-
-def wilson(k, n, z=1.96):
-    "95% interval of a share"
-    mid,half = (k+z*z/2)/(n+z*z),z*((k*(n-k)/n + z*z/4)**0.5)/(n+z*z)
-    return mid-half,mid+half
 
 def signals(rs, what=lambda of: of):
     "`what` of {operation: signal} for the planted operation, and for the others, in the runs that had hypergradients"
