@@ -20,6 +20,7 @@ from .checkpoint import CheckpointError
 from .data import array_dls,digits_dls
 from .replay import PolicyCallback,ScheduleCallback
 from .search import HBACallback
+from .plan import n_hyper_steps # with `HBACallback.plan`
 from .verdict import Verdict,hba_verdict
 
 # %% ../nbs/09_all.ipynb #2c4b7975

@@ -1,0 +1,47 @@
+"What a search says beforehand: the figures that the fit then has, and a Learner that is as before"
+import random
+import numpy as np
+import pytest
+import torch
+from conftest import small_learner
+from hba_fastai.all import HBACallback
+from hba_fastai.plan import n_hyper_steps
+
+def state(learn):
+    "All that a look beforehand could have changed"
+    numbers = random.random(),np.random.rand(),torch.rand(1).item()
+    modules = [(n,type(m),m.training,len(m._forward_pre_hooks)) for n,m in learn.model.named_modules()]
+    return numbers,modules,[len(dl.after_batch.fs) for dl in learn.dls.loaders],len(learn.cbs),{k: v.clone() for k,v in learn.model.state_dict().items()}
+
+@pytest.mark.parametrize('kw', [dict(), dict(T_train=2, T_val=2), dict(warmup=0), dict(valid=0.2)])
+def test_the_fit_is_as_planned(kw):
+    learn,hba = small_learner(),HBACallback(seed=0, **kw)
+    p = hba.plan(learn, 3)
+    with learn.no_bar(): learn.fit(3, 1e-3, cbs=hba)
+    assert len(hba.lam.series)==p['hyper_steps'] and hba.rate==pytest.approx(p['hlr'], rel=0.2)
+    assert hba.schedule.provenance['why']==p['responds']
+
+def test_with_a_target_and_fine_tune(capsys):
+    learn = small_learner()
+    hba = HBACallback(target=learn.dls.valid, seed=0)
+    p = hba.plan(learn, 6)
+    assert 'take 50% of each batch from epoch 3.6' in capsys.readouterr().out
+    with learn.no_bar(): learn.fine_tune(5, 1e-3, cbs=hba)
+    assert len(hba.lam.series)==p['hyper_steps'] and sum(p['classes'].values())==100
+
+def test_nothing_of_the_learner_changes():
+    learn = small_learner(seed=1)
+    HBACallback(target=learn.dls.valid).plan(learn, 9)
+    one,two = state(learn),state(small_learner(seed=1))
+    assert one[:4]==two[:4] and all(torch.equal(v, two[4][k]) for k,v in one[4].items())
+
+def test_it_refuses_what_the_fit_would():
+    learn = small_learner()
+    with pytest.raises(ValueError, match='must be 1 or more'): HBACallback().plan(learn, 0)
+    with pytest.raises(ValueError, match="strategy 'first_lstm' is unknown"): HBACallback(strategy='first_lstm').plan(learn, 3)
+
+def test_a_search_too_short_is_told(capsys):
+    learn = small_learner()
+    assert n_hyper_steps(HBACallback(), 10)==2
+    HBACallback().plan(learn, 1)
+    assert '2 hyper-steps cannot make an operation stand out' in capsys.readouterr().out
