@@ -49,13 +49,18 @@ def hba_search(
     bs:int=64, # Batch size (not for the digits)
     lr:float=1e-3, # Learning rate (not for the digits)
     seed:int=0, # Seed of data split, weights and search
+    hlr:float=None, # Learning rate of the augmentation; default: HBACallback's, by the number of hyper-steps
+    sigma:float=None, # How far the images of a batch differ in their augmentation (standard deviation of epsilon); default: 1
     strategy:str=None, # Layers that respond to the augmentation, such as first_bn, first_norm or first_conv; default: HBACallback's
     skip:str=None, # Operations that must not be used, such as Invert,Solarize
     limits:str=None, # Narrower ranges of magnitudes, such as Rotate=0:10,TranslateX=0:0.1
     target:str=None, # Folder of labelled images like those that the model is for, with a sub-folder per class: they steer the search, then join training
     same:bool=False, # The digits without another camera: nothing differs
+    paper:bool=False, # The paper's setting to the letter, instead of this package's
+    resume:bool=False, # Write a checkpoint beside --out after each epoch, and go on from it if there is one
 ):
     "Search an augmentation schedule within one training"
     with as_command() if is_cli(hba_search) else nullcontext():
         from hba_fastai import session
-        session.run(path, arch, epochs, out, size, bs, lr, seed, strategy, skip, limits, target, same)
+        own = dict(strategy=strategy, skip=skip, limits=limits, hlr=hlr, sigma=sigma)
+        session.run(path, arch, epochs, out, size, bs, lr, seed, target, same, paper, resume, **own)

@@ -6,8 +6,9 @@ Docs: https://hba-fastai.github.io/hba-fastai/session.html.md"""
 
 # %% auto #0
 __all__ = ['DIGITS_LR', 'check_numbers', 'check_out', 'chosen', 'say_plan', 'cell', 'row_writer', 'one_line_per_epoch', 'keep',
-           'KeepCallback', 'words', 'kept', 'search', 'say_found', 'search_folder', 'digits_net', 'other_camera',
-           'digits_learner', 'error_of', 'fit_quietly', 'fine_tuned', 'rivals_on_digits', 'search_digits', 'run']
+           'KeepCallback', 'words', 'kept', 'search', 'say_found', 'learner_of', 'search_folder', 'digits_net',
+           'other_camera', 'digits_learner', 'error_of', 'fit_quietly', 'fine_tuned', 'rivals_on_digits',
+           'search_digits', 'checkpointed', 'run']
 
 # %% ../nbs/07c_session.ipynb #9e9c94d2
 import re,sys,tempfile,time
@@ -52,9 +53,9 @@ def check_out(out) -> tuple: # File for the schedule, file for its picture
     return f.resolve(),picture.resolve()
 
 # %% ../nbs/07c_session.ipynb #ed5e346f
-def chosen(strategy=None, skip=None, limits=None) -> dict:
+def chosen(strategy=None, skip=None, limits=None, hlr=None, sigma=None) -> dict:
     "Arguments of the callback from those of the command: `skip` is like `Invert,Solarize`, `limits` like `Rotate=0:10,TranslateX=0:0.1`"
-    kw = {'strategy': strategy} if strategy else {}
+    kw = {k: v for k,v in dict(strategy=strategy, hlr=hlr, sigma=sigma).items() if v not in (None,'')}
     if skip:
         kw['skip'] = skip.replace(' ','').split(',')
         if odd := first(o for o in kw['skip'] if o not in TABLE7):
@@ -156,14 +157,18 @@ def say_found(hba, out, picture):
     target = '' if hba.target is None else f', target={str(hba.target)!r}' if isinstance(hba.target, (str,Path)) else ", target='FOLDER'"
     print(f"\nSchedule: {out}\nPicture:  {picture}\nReuse it: learn.fit_one_cycle(n, cbs=ScheduleCallback({str(out)!r}{target}))")
 
-def search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed):
-    "Search on a folder of images"
+def learner_of(path, arch, size, bs, seed) -> Learner:
+    "A Learner for a folder of images, all of which were checked; says what is in it"
     train,valid,left_out = split_folder(path, seed)
     print(f"Checking {len(train)+len(valid)} images of {len(set(map(parent_label, train)))} classes in {path}", flush=True)
     if left_out: print('Left out: ' + ', '.join(f"{k} ({n} image{'s'[:n>1]})" for k,n in left_out.items()), flush=True)
     check_readable([*train, *valid], f'the folder {path}', rgb=True)
     set_seed(seed)
-    learn = folder_learner(folder_dls(train, valid, size, bs, seed), arch, size)
+    return folder_learner(folder_dls(train, valid, size, bs, seed), arch, size)
+
+def search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed):
+    "Search on a folder of images"
+    learn = learner_of(path, arch, size, bs, seed)
     say_plan(learn, hba, epochs, out)
     search(learn, hba, epochs, lr, out)
     say_found(hba, out, picture)
@@ -235,18 +240,23 @@ def search_digits(learn, hba, epochs, out, picture, seed, same):
     say_found(hba, out, picture)
 
 # %% ../nbs/07c_session.ipynb #5844c11c
-def run(path, arch, epochs, out, size, bs, lr, seed, strategy, skip, limits, target, same):
-    "What `hba_search` does"
-    t,demo = time.time(),path is None
+def checkpointed(out:Path, resume:bool) -> dict:
+    "Arguments of the callback that goes on from the file beside `out`, if it was stopped"
+    return dict(checkpoint=out.with_suffix('.pth'), resume=True) if resume else {}
+
+def run(path, arch, epochs, out, size, bs, lr, seed, target, same, paper, resume, **own):
+    "What `hba_search` does; `own`: see `chosen`"
+    t,demo,make = time.time(),path is None,HBACallback.paper if paper else HBACallback
     if epochs is None: epochs = 90 if demo else 30
     check_numbers(epochs, size, bs, lr, seed)
     if demo and target: raise CliError(f"--target {target} needs images to train on, and the digits bring a target of their own: give a PATH")
     if same and not demo: raise CliError(f"--same is for the digits, and {path} is given: leave it out")
     out,picture = check_out(out)
     learn = digits_learner(seed, same) if demo else None
-    try: hba = HBACallback(seed=seed, target=learn.dls[2] if demo else target, **chosen(strategy, skip, limits))
+    try: hba = make(seed=seed, target=learn.dls[2] if demo else target, **chosen(**own), **checkpointed(out, resume))
     except (ValueError,TypeError) as e: raise CliError(str(e)) from None
     with kept(hba, out):
         if demo: search_digits(learn, hba, epochs, out, picture, seed, same)
         else: search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed)
+    if resume: hba.checkpoint.unlink()
     print(f"{time.time()-t:.0f} seconds")
