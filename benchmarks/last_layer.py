@@ -14,7 +14,6 @@ import torch
 from torch import nn,Tensor
 import torch.nn.functional as F
 from fastai.torch_core import get_model
-import payoff
 from common import RESULTS,environment,made_by
 from no_shift import CELLS,sets
 from payoff import Cell,Replay,head,in_package,judge,pm,train
