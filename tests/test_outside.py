@@ -124,8 +124,13 @@ def test_copies_pickles_and_half_precision_draw_the_same():
         assert torch.equal(again(x), first) and again.progress.is_shared()
         again.pct = 0
         assert t.pct==1 # a copy has its own
-    again.pct = 1
-    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(copy.deepcopy(t)(x/255)*255, first.float())
+
+def test_autocast_around_it_changes_nothing():
+    class Product(Noise):
+        def apply(self, x, drawn, generator): return x@torch.eye(x.shape[-1])*(1-drawn)[:,None,None,None]
+    t = Schedule([0.], torch.tensor([[0.1]]), spaces={'Product': Noise.space}).transform(0., seed=3, policy=Product())
+    first = copy.deepcopy(t)(images()/255)
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(t(images()/255), first)
 
 @pytest.mark.filterwarnings('ignore:Color needs RGB')
 def test_types_come_back_and_what_cannot_be_augmented_is_refused():
@@ -186,9 +191,11 @@ def test_workers_draw_differently_in_each_epoch_and_a_seed_reproduces_it():
     assert torch.equal(epoch(loader_of(tfm)), a)
     assert not torch.equal(epoch(loader_of(STRONG.torchvision(1., seed=4))), a)
 
-def test_the_progress_reaches_persistent_spawned_workers():
+@pytest.mark.parametrize('context', ['fork','spawn'])
+@pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')
+def test_the_progress_reaches_persistent_workers(context):
     tfm = STRONG.torchvision(0., seed=3)
-    loader = loader_of(tfm, 1, 'spawn', persistent_workers=True)
+    loader = loader_of(tfm, 1, context, persistent_workers=True)
     same = lambda x: (x==x[0]).flatten(1).all(1)
     assert same(epoch(loader)).all()
     tfm.pct = 1
