@@ -231,6 +231,19 @@ def check_policies(self:Schedule, policies):
             raise ScheduleError(f"The hyperparameters of {name} or their ranges are others in the schedule than in the policy given: "
                 "replay with the policy of the search")
 
+# %% ../nbs/04_schedule.ipynb #038f281b
+@patch
+def transform(self:Schedule, pct:float, **kwargs): # Progress in [0,1]; more arguments: those of `ScheduleTransform`
+    "An `nn.Module` that augments batches of images in any program of PyTorch"
+    from hba_fastai.outside import ScheduleTransform
+    return ScheduleTransform(self, pct, **kwargs)
+
+@patch
+def torchvision(self:Schedule, pct:float, **kwargs): # Progress in [0,1]; more arguments: those of `ScheduleTransform`
+    "What augments one image at a time, for `torchvision.transforms.v2.Compose`"
+    from hba_fastai.outside import ImageTransform
+    return ImageTransform(self, pct, **kwargs)
+
 # %% ../nbs/04_schedule.ipynb #e2592ba5
 @patch
 def plot(self:Schedule, figsize=(11,6), axs=None):
