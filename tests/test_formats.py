@@ -114,7 +114,7 @@ def test_a_schedule_that_was_changed_is_not_written_as_it_was_read(tmp_path):
     s.table[:,space.names.index('Rotate_0.p')] = 0.7
     changed = read_pba(s.to_pba(tmp_path/'f.txt', epochs=epochs), epochs)
     assert all(ints[0]==7 for _,ints in changed)
-    assert Schedule(s.progress, s.table, 0., s.provenance, skip='Rotate').to_pba(tmp_path/'g.txt', epochs=epochs)
+    Schedule(s.progress, s.table, 0., s.provenance, inactive='Rotate').to_pba(tmp_path/'g.txt', epochs=epochs)
     assert all(ints[0]==ints[30]==0 for _,ints in read_pba(tmp_path/'g.txt', epochs))
 
 @pytest.mark.parametrize('odd', [7,None,{},{'segments': 3},{'segments': [[1]]},{'segments': [[1,[0]*60]]},{'segments': [['x',[0]*60]]},
