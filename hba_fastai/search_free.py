@@ -109,17 +109,20 @@ class RandAugment(SearchFree):
         n:int=2,  # Number of operations, one after another
         m:int=9,  # Their magnitude, from 0 (nothing) to 30
         fill=None,          # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
-        bilinear:bool=False # Interpolate in the geometric operations instead of taking the nearest pixel
+        bilinear:bool=False, # Interpolate in the geometric operations instead of taking the nearest pixel
+        p:float=1.          # Probability of each to be applied
     ):
         if n<1 or m not in range(31): raise ValueError(f"RandAugment({n}, {m}) has {n} operations of magnitude {m}: "
             "give at least one operation, and a whole magnitude from 0 to 30")
+        if not 0<p<=1: raise ValueError(f"RandAugment applies each operation with probability p={p}: give a number above 0, up to 1")
         super().__init__(fill, bilinear, NARROW, 31)
-        self.slots,self.m = n,m
+        self.slots,self.m,self.p = n,m,p
         self.register_buffer('choices', torch.tensor(CHOICES), persistent=False)
 
     def draw(self, v:Values, generator:torch.Generator) -> Draw:
-        which,direction = self.uniform(v, 2, generator)
-        return self.at_levels(self.choices[choice(which, len(CHOICES))], self.m, direction)
+        which,direction,*coin = self.uniform(v, 2+(self.p<1), generator)
+        op = self.choices[choice(which, len(CHOICES))]
+        return self.at_levels(torch.where(coin[0]<self.p, op, -1) if coin else op, self.m, direction)
 
 # %% ../nbs/02c_search_free.ipynb #5bfbd7b9
 PAIRS = { # data set: pairs of operation, probability, magnitude
