@@ -69,7 +69,7 @@ def hba_search(
 @call_parse(pos='path')
 def hba_train(
     path:str, # Folder of images, as for hba_search
-    schedule:str='schedule.json', # File that hba_search wrote, or the name of a schedule that comes with the package
+    schedule:str='schedule.json', # File that hba_search wrote
     arch:str='resnet18', # Model to train, of torchvision or timm
     epochs:int=30, # Length of the training; the schedule is stretched onto it
     out:str='model.pkl', # File for the trained model, for `load_learner`
