@@ -9,6 +9,7 @@ __all__ = ['P_K', 'GRADED', 'GAIN', 'gauss', 'Draw', 'Operations', 'PBAPolicy']
 
 # %% ../nbs/02a_pba.ipynb #e462534e
 import copy,warnings
+from numbers import Integral
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class Operations(Policy):
     ):
         super().__init__()
         self.bilinear,self.mask_fill = bilinear,mask_fill
-        if not isinstance(mask_fill, int): raise TypeError(f"mask_fill={mask_fill!r} is a {type(mask_fill).__name__}: give the whole number of a class")
+        if not isinstance(mask_fill, Integral): raise TypeError(f"mask_fill={mask_fill!r} is a {type(mask_fill).__name__}: give the whole number of a class")
         self.register_buffer('fill', None if fill is None else torch.as_tensor(fill, dtype=torch.float32).clone())
 
     def bind(self, data:Data):

@@ -294,8 +294,7 @@ def _(cb): l = block(RegressionBlock(1), get_y=lambda f: float(f.parent.name), l
 def moves(cb): assert not {'Rotate','ShearX','Cutout'} & set((cb.bound if isinstance(cb, HBACallback) else cb.last).skip)
 @flow('targets', 'segmentation masks', search='works, masks move with their images')
 def _(cb):
-    l = hush(Learner(masks(), nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,2,1)),
-                     loss_func=CrossEntropyLossFlat(axis=1)))
+    l = hush(Learner(masks(), per_pixel(2), loss_func=CrossEntropyLossFlat(axis=1)))
     l.fit(2, cbs=cb)
     moves(cb)
     return l
@@ -306,9 +305,13 @@ def _(cb):
     l = block(BBoxBlock, BBoxLblBlock, get_y=[lambda f: [[2,3,9,9]], lambda f: ['it']], loss=lambda p,b,c: F.mse_loss(p, b.view(len(b),-1)), n=4, n_inp=1)
     l.metrics = []; l.fit(2, cbs=cb); moves(cb); return l
 def still(cb): assert {'Rotate','ShearX','Cutout'} <= set((cb.bound if isinstance(cb, HBACallback) else cb.last).skip)
-def restored(): return block(ImageBlock, get_y=lambda f: f, loss=MSELossFlat(), n=3, net=nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,3,1)))
+def per_pixel(n): return nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,n,1))
+def restored():
+    l = block(ImageBlock, get_y=lambda f: f, loss=MSELossFlat(), n=3, net=per_pixel(3))
+    l.metrics = []
+    return l
 @flow('targets', 'images', search='works, without the geometric operations and Cutout')
-def _(cb): l = restored(); l.metrics = []; l.fit(2, cbs=cb); still(cb); return l
+def _(cb): l = restored(); l.fit(2, cbs=cb); still(cb); return l
 
 # --- images
 def shaped(c=3, h=12, w=12, n=100, bs=20, **kw):
@@ -407,7 +410,6 @@ def test_targets_that_are_images_are_never_shifted_silently(pngs):
         order = 60
         def before_batch(self):
             if self.training: seen.extend((self.yb[0]*255).round().long().sum((1,2,3)).tolist())
-    learn.metrics = []
     with pytest.warns(UserWarning, match='geometric operations would shift images against their targets .TensorImage.: they are left out'):
         learn.fit(2, cbs=[HBACallback(start=0.5), See()])
     assert set(seen) <= {int(np.array(Image.open(f).convert('RGB')).sum()) for f in learn.dls.train.items}
