@@ -24,7 +24,7 @@ def policies_of(schedule:Schedule, given=None) -> Policies:
     own = {p.name: p for p in Policies(*([] if given is None else [given])).parts}
     if 'PBAPolicy' in schedule.spaces:
         p = own.get('PBAPolicy') or PBAPolicy(limits=schedule.limits)
-        own['PBAPolicy'] = PBAPolicy(p.fill, p.bilinear, {*p.skip,*schedule.off}, p.limits)
+        own['PBAPolicy'] = p._but(p.fill, {*p.skip,*schedule.off})
     policies = Policies(*own.values())
     schedule.check_policies(policies)
     return Policies(*[own[name] for name in schedule.spaces])

@@ -9,6 +9,7 @@ __all__ = ['P_K', 'GRADED', 'GAIN', 'gauss', 'Draw', 'Operations', 'PBAPolicy']
 
 # %% ../nbs/02a_pba.ipynb #e462534e
 import copy,warnings
+from numbers import Integral
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from .space import *
 from .policy import *
 from .pixels import OP,OP_NAMES,from_levels,to_levels
 from .ops import apply_ops
+from .places import move_masks,move_points
 
 # %% ../nbs/02a_pba.ipynb #1efe6f6e
 P_K = (0.2,0.3,0.5) # P(K=0), P(K=1), P(K=2) (Appendix A)
@@ -43,10 +45,12 @@ class Operations(Policy):
     on_bytes = True
     def __init__(self,
         fill=None,           # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
-        bilinear:bool=False  # Interpolate in the geometric operations instead of taking the nearest pixel
+        bilinear:bool=False, # Interpolate in the geometric operations instead of taking the nearest pixel
+        mask_fill:int=0      # Class, in masks, of what comes from outside the image
     ):
         super().__init__()
-        self.bilinear = bilinear
+        self.bilinear,self.mask_fill = bilinear,mask_fill
+        if not isinstance(mask_fill, Integral): raise TypeError(f"mask_fill={mask_fill!r} is a {type(mask_fill).__name__}: give the whole number of a class")
         self.register_buffer('fill', None if fill is None else torch.as_tensor(fill, dtype=torch.float32).clone())
 
     def bind(self, data:Data):
@@ -55,12 +59,23 @@ class Operations(Policy):
         if self.fill is None and data.mean is not None: policy.fill = data.mean.float().clone()
         return policy
 
+    def for_size(self, drawn:Draw, h:int, w:int) -> Draw: return drawn # for images of `h` by `w` pixels
+
     def apply(self, x, drawn, generator=None, inplace=False, dense=None):
         "The images `x` (B,C,H,W), float in [0,1] or bytes, after what was drawn for them; see `apply_ops`"
+        drawn = self.for_size(drawn, *x.shape[2:])
         if self.fill is None: self.fill = from_levels(to_levels(x), torch.float32).mean((0,2,3)) # once, of the first batch
         return apply_ops(x, drawn.op, drawn.m, drawn.centre, self.fill, self.bilinear, inplace, dense)
 
     def apply_(self, x, drawn, generator=None): return self.apply(x, drawn, generator, inplace=x.is_floating_point())
+
+    def on_masks(self, x, drawn, size):
+        drawn = self.for_size(drawn, *size)
+        return move_masks(x, drawn.op, drawn.m, size, self.mask_fill)
+
+    def on_points(self, p, drawn, size):
+        drawn = self.for_size(drawn, *size)
+        return move_points(p, drawn.op, drawn.m, size)
 
 # %% ../nbs/02a_pba.ipynb #0441d3aa
 def _check_skip(skip) -> tuple:
@@ -80,9 +95,10 @@ class PBAPolicy(Operations):
         fill=None,           # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
         bilinear:bool=False, # Interpolate in the geometric operations; Population Based Augmentation takes the nearest pixel
         skip=(),             # Names of operations that are never applied, or one name
-        limits:dict|None=None # Narrower ranges of magnitudes, see `PBASpace`
+        limits:dict|None=None, # Narrower ranges of magnitudes, see `PBASpace`
+        mask_fill:int=0      # Class, in masks, of what comes from outside the image
     ):
-        super().__init__(fill, bilinear)
+        super().__init__(fill, bilinear, mask_fill)
         self.space,self.skip = PBASpace(self.copies, limits),_check_skip(skip)
         for name,t in self._constants().items(): self.register_buffer(name, t, persistent=False)
         self.keep = torch.tensor([o not in self.skip for o,_ in self.space.entries]) # (30,) entries that may be applied
@@ -130,7 +146,7 @@ def without(self:PBAPolicy, names, why:str) -> PBAPolicy:
 def bind(self:PBAPolicy, data:Data) -> PBAPolicy:
     "This policy for images of such data"
     policy = self._but(data.mean if self.fill is None else self.fill, self.skip)
-    if data.places: policy = policy.without([*GEOMETRIC,'Cutout'], f"The geometric operations would shift images against their targets ({data.places})")
+    if data.fixed: policy = policy.without([*GEOMETRIC,'Cutout'], f"The geometric operations would shift images against their targets ({data.fixed})")
     if data.channels!=3: policy = policy.without(['Color'], f"Color needs RGB images and these have {data.channels} channels")
     return policy
 

@@ -23,6 +23,7 @@ class Data(NamedTuple):
     channels:int=3          # Of the images
     mean:Tensor|None=None   # Mean colour (C,) in [0,1], as `Normalize` has it; None where nothing says so
     places:str|None=None    # Type of the targets that are places in the image, such as masks or points; None without
+    fixed:str|None=None     # Type of those among them that do not move with the image, as images; None without
 
 class Policy(nn.Module):
     "What is done to each sample under its own hyperparameters"
@@ -44,6 +45,8 @@ class Policy(nn.Module):
     def apply_(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor:
         "As `apply`; may change `x` itself, which was made for this batch"
         return self.apply(x, drawn, generator)
+    def on_masks(self, x:Tensor, drawn, size:tuple) -> Tensor: return x # Masks (B,H,W), and the images' height and width
+    def on_points(self, p:Tensor, drawn, size:tuple) -> Tensor: return p # Points (B,...,2), (x,y), the image from -1 to 1
     def _lacks(self, what): raise NotImplementedError(f"{self.name} has no `{what}`: a policy that is searched needs draw, dose and apply")
 
 # %% ../nbs/02_policy.ipynb #3b88cefd

@@ -16,13 +16,14 @@ from fasttransform import Pipeline
 from fastai.basics import *
 from fastai.vision.core import TensorImage,TensorMask,TensorPoint,TensorBBox
 from fastai.vision.augment import IntToFloatTensor,RandTransform
+from .places import move_boxes
 from .policy import *
 from .stream import inner_dl
 _all_ = ['population','generators_for'] # who puts policies into batches needs these too
 
 # %% ../nbs/06c_transform.ipynb #cbdd87aa
 class PolicyTransform(RandTransform):
-    "Augments each input image of a training batch under its own λ"
+    "Augments each input image of a training batch under its own λ; masks, points and boxes move along"
     split_idx = 0
     def __init__(self,
         policy:Policy, # What λ means
@@ -42,12 +43,20 @@ class PolicyTransform(RandTransform):
         self.inputs = {id(o) for o in b[:self.n_inp]}
         x,lam = first(o for o in b if isinstance(o, TensorImage)).as_subclass(Tensor),self.lam()
         if not self.checked: self.check(x)
-        self.lam_i = self.population(lam, len(x))
+        self.size,self.gone,self.lam_i = tuple(x.shape[2:]),None,self.population(lam, len(x))
         with torch.no_grad(): self.drawn = self.policy.draw_under(self.lam_i, self.generator)
 
     def population(self, lam, n): return population(lam, self.sigma, n, self.generator, self.active)
     def encodes(self, x:TensorImage):
         return self.policy.apply_(x.as_subclass(Tensor), self.drawn, self.generator) if id(x) in self.inputs else x
+    def encodes(self, x:TensorMask): return self.policy.on_masks(x.as_subclass(Tensor), self.drawn, self.size)
+    def encodes(self, p:TensorPoint): return self.policy.on_points(p.as_subclass(Tensor), self.drawn, self.size)
+    def encodes(self, b:TensorBBox):
+        move = lambda p: self.policy.on_points(p, self.drawn, self.size)
+        b,self.gone = move_boxes(b.as_subclass(Tensor), move)
+        return b
+    def encodes(self, y:TensorMultiCategory): # of the boxes before them: those that are gone get the label of padding
+        return y if self.gone is None or y.shape!=self.gone.shape else y.as_subclass(Tensor).masked_fill(self.gone, 0)
 
 # %% ../nbs/06c_transform.ipynb #0655d244
 @patch
@@ -77,9 +86,10 @@ def seen_data(dls) -> tuple: # (`Data`, two training items as a batch)
     image = first(o for o in b[:dls.n_inp] if isinstance(o, TensorImage))
     if image is None: raise TypeError(f"The augmentation needs images and `dls` gives {', '.join(type(o).__name__ for o in b)}: "
         "use a data set whose inputs are TensorImage")
-    place = first(o for o in b[dls.n_inp:] if isinstance(o, (TensorImage,TensorMask,TensorPoint,TensorBBox)))
+    name = lambda *kinds: first(type(o).__name__ for o in b[dls.n_inp:] if isinstance(o, kinds))
+    places = name(TensorImage, TensorMask, TensorPoint), name(TensorImage) # boxes are points, too
     norm = first(t for t in train.after_batch.fs if isinstance(t, Normalize))
-    return Data(image.shape[1], norm.mean.flatten() if norm else None, None if place is None else type(place).__name__),b
+    return Data(image.shape[1], norm.mean.flatten() if norm else None, *places),b
 
 # %% ../nbs/06c_transform.ipynb #53eda97f
 def order_in(dls, policy:Policy) -> int:

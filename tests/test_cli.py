@@ -7,11 +7,12 @@ import pytest
 from fastai.learner import load_learner
 from fastcore.script import CliError
 from fastcore.test import test_eq as same
+from conftest import write_images
 from PIL import Image
 from hba_fastai import session
 from hba_fastai.search import HBACallback
 from hba_fastai.cli import hba_search
-from hba_fastai.data import digits,in_memory
+from hba_fastai.data import in_memory
 from hba_fastai.folder import folder_dls,folder_learner,split_folder
 from hba_fastai.items import check_readable
 from hba_fastai.schedule import Schedule
@@ -20,17 +21,6 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 COMMAND = str(Path(sys.executable).with_name('hba_search'))
 ENV = {k:v for k,v in os.environ.items() if k!='PYTHONWARNINGS'} | {'COLUMNS': '80'}
 SMALL = '--size 16 --bs 8'.split()
-
-def write_images(path, n=40, classes='ab'):
-    x,_ = digits(24)
-    for i in range(n):
-        f = path/classes[i%len(classes)]/f'{i}.png'
-        f.parent.mkdir(exist_ok=True, parents=True)
-        Image.fromarray(x[i].permute(1,2,0).numpy()).save(f)
-    return path
-
-@pytest.fixture
-def pngs(tmp_path): return write_images(tmp_path/'im')
 
 def search(*args, env={}, **kw):
     return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, timeout=300, env=ENV|env, **kw)

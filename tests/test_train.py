@@ -6,7 +6,7 @@ from hba_fastai import train
 from hba_fastai.cli import hba_train
 from hba_fastai.schedule import Schedule
 from hba_fastai.space import PBASpace
-from test_cli import pngs,write_images # a fixture, and images
+from conftest import write_images
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 SMALL = dict(size=16, bs=8, epochs=2)
