@@ -93,7 +93,7 @@ def begin(self:ScheduleTransform, x) -> tuple:
         raise ValueError(f"The schedule needs float images in [0,1] and got them from {x.min():.3g} to {x.max():.3g}: put it before the normalization")
     if mean is not None and len(mean) not in (1,c):
         raise ValueError(f"The mean colour has {len(mean)} numbers and these images have {c} channels: give one number per channel")
-    data = Data(c, None if mean is None else mean.expand(c), self.places)
+    data = Data(c, None if mean is None else mean.expand(c), self.places, fixed=self.places)
     policies = Policies(*[p.bind(data) for p in self.policies.parts]).to(x.device)
     return policies,generators_for(policies, stream_seed(self.seed), x.device)
 
