@@ -43,6 +43,9 @@ class Policy(nn.Module):
     def apply_(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor:
         "As `apply`; may change `x` itself, which was made for this batch"
         return self.apply(x, drawn, generator)
+    def describe(self, drawn) -> list:
+        "What was drawn for each sample, in words; '' where nothing is done to it"
+        return [f"{self.name} {' '.join(f'{o:.2g}' for o in row)}" if any(row) else '' for row in self.dose(drawn).tolist()]
     def _lacks(self, what): raise NotImplementedError(f"{self.name} has no `{what}`: a policy that is searched needs draw, dose and apply")
 
 # %% ../nbs/02_policy.ipynb #3b88cefd
