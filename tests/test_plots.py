@@ -14,6 +14,7 @@ from conftest import small_learner
 from hba_fastai.all import *
 from hba_fastai.clock import Worded
 from hba_fastai.gallery import augmented
+from hba_fastai.ops import OP_NAMES
 from hba_fastai.plots import COLOURS,apart,curves
 from hba_fastai.policy import Policies
 
@@ -119,6 +120,11 @@ def test_titles_say_what_was_drawn(monkeypatch):
     assert len(drawn)==2 and axs.shape==(2,4)
     titles = [[ax.get_title().replace('\n', ', ') for ax in row] for row in axs]
     assert titles==[PBAPolicy().describe(d) for d in drawn] and any(map(any, titles))
+    for d,row in zip(drawn, titles):
+        for title,ops,ms in zip(row, d.op.tolist(), d.m.tolist()):
+            said,done = [o.rstrip('°').split() for o in title.split(', ') if o],[(OP_NAMES[o],m) for o,m in zip(ops, ms) if o>=0]
+            assert [o[0] for o in said]==[o for o,_ in done]
+            for words,(o,m) in zip(said, done): assert abs(float(words[1])-m)<=0.05*abs(m) if TABLE7[o] else len(words)==1
 
 def test_images_are_those_of_the_titles_and_decoded():
     "A sum of policies, behind `Normalize`: the pixels are what the operation gives"
