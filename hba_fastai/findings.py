@@ -86,7 +86,7 @@ def harm_in_words(df:pd.DataFrame) -> str:
     return head + "Worse by more than twice the standard error: " + ', '.join(f"{c} by {r.change:.3f} ({r.error:.3f})" for c,r in worse.iterrows()) + '.'
 
 def by_class(hba) -> pd.DataFrame:
-    "Say which classes are worse under the policy that was found than under the start's; for each its number of images, both losses, the change, its standard error"
+    "Say which classes are worse under the policy that was found than under the start's; for each its images, both losses, the change, its standard error"
     learn = learner_of(hba)
     if hba.net is None or not hba.points or learn is None: raise ValueError("The report by class needs a search and its Learner: fit first")
     if hba.searched is None or hba.searched() is not get_model(learn.model):
@@ -136,7 +136,8 @@ def _bars(ax, df, colour:dict):
     lowest,highest = min(df.signal.min(), 0),max(df.signal.max(), least_named(dict(df.signal)))
     ax.set_xlim(lowest-0.15*(highest-lowest), highest+0.15*(highest-lowest))
     for i,(v,z) in enumerate(zip(df.signal, df.z)):
-        ax.annotate(f'{z:.1f}', (v,i), xytext=(4 if v>=0 else -4,0), textcoords='offset points', ha='left' if v>=0 else 'right', va='center_baseline', fontsize=7)
+        side = dict(xytext=(4,0), ha='left') if v>=0 else dict(xytext=(-4,0), ha='right')
+        ax.annotate(f'{z:.1f}', (v,i), textcoords='offset points', va='center_baseline', fontsize=7, **side)
     ax.axvline(0, color='black', lw=0.8)
     ax.axvline(least_named(dict(df.signal)), color='0.3', lw=1, ls='--')
     for label,named in zip(ax.get_yticklabels(), df.named): label.set(fontsize=8, fontweight='bold' if named else 'normal')
