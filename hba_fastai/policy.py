@@ -47,6 +47,9 @@ class Policy(nn.Module):
         return self.apply(x, drawn, generator)
     def on_masks(self, x:Tensor, drawn, size:tuple) -> Tensor: return x # Masks (B,H,W), and the images' height and width
     def on_points(self, p:Tensor, drawn, size:tuple) -> Tensor: return p # Points (B,...,2), (x,y), the image from -1 to 1
+    def describe(self, drawn) -> list:
+        "What was drawn for each sample, in words; '' where nothing is done to it"
+        return [f"{self.name} {' '.join(f'{o:.2g}' for o in row)}" if any(row) else '' for row in self.dose(drawn).tolist()]
     def _lacks(self, what): raise NotImplementedError(f"{self.name} has no `{what}`: a policy that is searched needs draw, dose and apply")
 
 # %% ../nbs/02_policy.ipynb #3b88cefd
