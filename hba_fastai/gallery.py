@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from fastai.basics import *
 from fastai.vision.core import TensorImage
+from .outside import policies_of
 from .pba import Operations
 from .policy import Policies
 from .replay import *

@@ -6,7 +6,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/plots.html.md"""
 
 # %% auto #0
 __all__ = ['COLOURS', 'OTHERS', 'PROBABILITY', 'MAGNITUDE', 'SUM', 'KINDS', 'colours_of', 'names_of', 'curves', 'room', 'bands',
-           'apart', 'lines', 'marks', 'draw', 'as_html']
+           'apart', 'lines', 'marks', 'draw', 'inline', 'as_html']
 
 # %% ../nbs/04d_plots.ipynb #04b3e64d
 import base64,html,io
@@ -153,18 +153,18 @@ def _fill(axs, x, panels:dict, kind:str, colour:dict):
         KINDS[kind](ax, x, of, colour)
 
 # %% ../nbs/04d_plots.ipynb #ef3ce99d
-def _inline(fig) -> str:
-    "`fig` as an image of HTML, and closed"
+def inline(fig, alt:str) -> str:
+    "`fig` as an image of HTML, and closed; `alt` says what it shows"
     import matplotlib.pyplot as plt
     f = io.BytesIO()
-    fig.savefig(f, format='png', dpi=60, bbox_inches='tight')
+    fig.savefig(f, format='png', dpi=80, bbox_inches='tight')
     plt.close(fig)
-    return f'<img alt="probabilities and magnitudes over the training" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
 
 def as_html(schedule) -> str:
     "A schedule in words, as a picture, and how it was found"
     row = lambda k,v: f'<tr><th style="text-align:left">{html.escape(str(k))}</th><td style="text-align:left">{html.escape(str(v))}</td></tr>'
     rows = ''.join(row(k, v) for k,v in schedule.provenance.items())
-    picture = _inline(draw(schedule)[0].figure) if curves(schedule) else ''
+    picture = inline(draw(schedule)[0].figure, 'probabilities and magnitudes over the training') if curves(schedule) else ''
     more = f'<details><summary>How it was found</summary><table>{rows}</table></details>' if rows else ''
     return f'<pre style="white-space:pre-wrap">{html.escape(repr(schedule))}</pre>{picture}{more}'

@@ -24,6 +24,7 @@ from .ops import OPS
 from .pba import PBAPolicy
 from .plan import *
 from .replay import *
+from .report import *
 from .schedule import *
 from .space import *
 
@@ -35,22 +36,22 @@ def check_numbers(epochs:int, size:int, bs:int, lr:float, seed:int):
     if seed>=2**32: raise CliError(f"--seed is {seed}: give a number below {2**32}")
     if not 0<lr<float('inf'): raise CliError(f"--lr is {lr}: a learning rate is finite and above 0")
 
-def check_out(out) -> tuple: # File for the schedule, file for its picture
-    "Raise unless a schedule can be written to `out`, with a picture next to it"
+def check_out(out) -> list: # Files for the schedule, for its picture, for the report
+    "Raise unless a schedule can be written to `out`, with a picture and a report next to it"
     f = Path(out)
-    if f.suffix.lower()=='.png': raise CliError(f"--out {out} is the name of a picture, and the schedule is JSON: "
-        f"name it {f.with_suffix('.json')}, and the picture goes next to it")
-    picture = f.with_suffix('.png') if f.suffix=='.json' else Path(f'{f}.png')
+    if f.suffix.lower() in ('.png','.html'): raise CliError(f"--out {out} is the name of a {'picture' if f.suffix.lower()=='.png' else 'page'}, "
+        f"and the schedule is JSON: name it {f.with_suffix('.json')}, and the picture and the report go next to it")
+    beside = [f.with_suffix(end) if f.suffix=='.json' else Path(f'{f}{end}') for end in ('.png','.html')]
     try:
         if f.is_dir() or str(out).endswith('/'): raise CliError(f"--out {out} is a folder: "
             f"name a file in it, such as {f/'schedule.json'}")
-        odd = first(o for o in (f,picture) if o.exists() and not o.is_file())
+        odd = first(o for o in (f,*beside) if o.exists() and not o.is_file())
         if odd: raise CliError(f"{odd} exists and is no file that can be replaced: give --out another name")
         f.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=f.parent): pass
     except OSError as e:
         raise CliError(f"--out {out} cannot be written ({e.strerror}): name a file in a folder where you may write") from None
-    return f.resolve(),picture.resolve()
+    return [o.resolve() for o in (f,*beside)]
 
 # %% ../nbs/07c_session.ipynb #ed5e346f
 def chosen(strategy=None, skip=None, limits=None, hlr=None, sigma=None) -> dict:
@@ -156,15 +157,17 @@ def search(learn, hba, epochs:int, lr:float, out:Path):
     "Search with `learn`; the schedule of the last epoch is in `out`"
     with one_line_per_epoch(learn), in_memory(learn.dls): learn.fit_one_cycle(epochs, lr, cbs=[hba, KeepCallback(hba, out)])
 
-def say_found(hba, out, picture):
-    "Draw the schedule, and say what was found and where it is"
+def say_found(hba, learn, out, picture, page):
+    "Draw the schedule, write the report, and say what was found and where it is"
     if not keep(hba, out):
         raise CliError("No hyper-step had a finite gradient, so the schedule never left its start and was not written: lower --lr")
-    hba.schedule.plot()[0].figure.savefig(picture, dpi=100, bbox_inches='tight')
+    schedule = hba.schedule
+    schedule.plot()[0].figure.savefig(picture, dpi=100, bbox_inches='tight')
+    write_page(page, as_page(schedule, f'The schedule {out.name}', [findings(hba), samples(schedule, learn.dls)]))
     print()
     hba.report()
     target = '' if hba.target is None else f', target={str(hba.target)!r}' if isinstance(hba.target, (str,Path)) else ", target='FOLDER'"
-    print(f"\nSchedule: {out}\nPicture:  {picture}\nReuse it: learn.fit_one_cycle(n, cbs=ScheduleCallback({str(out)!r}{target}))")
+    print(f"\nSchedule: {out}\nPicture:  {picture}\nReport:   {page}\nReuse it: learn.fit_one_cycle(n, cbs=ScheduleCallback({str(out)!r}{target}))")
 
 def learner_of(path, arch, size, bs, seed) -> Learner:
     "A Learner for a folder of images, all of which were checked; says what is in it"
@@ -175,12 +178,12 @@ def learner_of(path, arch, size, bs, seed) -> Learner:
     set_seed(seed)
     return folder_learner(folder_dls(train, valid, size, bs, seed), arch, size)
 
-def search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed):
+def search_folder(path, hba, epochs, files, arch, size, bs, lr, seed):
     "Search on a folder of images"
     learn = learner_of(path, arch, size, bs, seed)
-    say_plan(learn, hba, epochs, out)
-    search(learn, hba, epochs, lr, out)
-    say_found(hba, out, picture)
+    say_plan(learn, hba, epochs, files[0])
+    search(learn, hba, epochs, lr, files[0])
+    say_found(hba, learn, *files)
 
 # %% ../nbs/07c_session.ipynb #e592c349
 def digits_net() -> nn.Module:
@@ -236,17 +239,17 @@ def rivals_on_digits(epochs, seed, same) -> dict: # {training: error in percent}
     return {**errors, 'the 100 mixed in late, a fixed policy': error_of(late)}
 
 # %% ../nbs/07c_session.ipynb #9d006114
-def search_digits(learn, hba, epochs, out, picture, seed, same):
+def search_digits(learn, hba, epochs, files, seed, same):
     "One fit on the digits, and a table with its rivals"
     print(f"Digits: 500 to train on, and of {'the same' if same else 'another'} camera 100 with labels and 1197 that nothing learns from")
-    say_plan(learn, hba, epochs, out)
-    search(learn, hba, epochs, DIGITS_LR, out)
+    say_plan(learn, hba, epochs, files[0])
+    search(learn, hba, epochs, DIGITS_LR, files[0])
     found = error_of(learn)
     print('\nThe other things that one can do with the 100, for comparison ...', flush=True)
     errors = {**rivals_on_digits(epochs, seed, same), 'one fit with HBACallback(target=...)': found}
     print(f'\nError on the 1197 images of the {"same" if same else "other"} camera (one seed; one image is {100/1197:.2f}%):')
     for k,e in errors.items(): print(f'  {k:40} {e:5.2f}%')
-    say_found(hba, out, picture)
+    say_found(hba, learn, *files)
 
 # %% ../nbs/07c_session.ipynb #5844c11c
 def checkpointed(out:Path, resume:bool) -> dict:
@@ -260,12 +263,13 @@ def run(path, arch, epochs, out, size, bs, lr, seed, target, same, paper, resume
     check_numbers(epochs, size, bs, lr, seed)
     if demo and target: raise CliError(f"--target {target} needs images to train on, and the digits bring a target of their own: give a PATH")
     if same and not demo: raise CliError(f"--same is for the digits, and {path} is given: leave it out")
-    out,picture = check_out(out)
+    files = check_out(out)
+    out = files[0]
     learn = digits_learner(seed, same) if demo else None
     try: hba = make(seed=seed, target=learn.dls[2] if demo else target, **chosen(**own), **checkpointed(out, resume))
     except (ValueError,TypeError) as e: raise CliError(str(e)) from None
     with kept(hba, out):
-        if demo: search_digits(learn, hba, epochs, out, picture, seed, same)
-        else: search_folder(path, hba, epochs, out, picture, arch, size, bs, lr, seed)
+        if demo: search_digits(learn, hba, epochs, files, seed, same)
+        else: search_folder(path, hba, epochs, files, arch, size, bs, lr, seed)
     if resume: hba.checkpoint.unlink()
     print(f"{time.time()-t:.0f} seconds")
