@@ -7,8 +7,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/report.html.md"""
 # %% auto #0
 __all__ = ['POINTS', 'PAGE', 'table_of', 'as_text', 'as_page', 'samples', 'findings', 'write_page', 'show']
 
-# %% ../nbs/07b1_report.ipynb #beb192e7
-import html
+# %% ../nbs/07b1_report.ipynb #cc3f65ce
+import html,textwrap
 from pathlib import Path
 import pandas as pd
 from .files import *
@@ -39,7 +39,7 @@ def as_text(schedule:Schedule) -> str:
     origin = ', '.join(f'{k} {schedule.provenance[k]}' for k in ('date','package','epochs','model','target') if schedule.provenance.get(k))
     head = f"Schedule of {len(schedule)} point{'s'[:len(schedule)!=1]}, sigma {schedule.sigma:g}{'; found: ' + origin if origin else ''}"
     off = [f"Not applied: {', '.join(schedule.off)}"] if schedule.off else []
-    return '\n'.join([head, 'Probability of each operation over the training, and its magnitude', '', df.to_string(formatters=forms, na_rep='-'), *off])
+    return '\n'.join([textwrap.fill(head, 80), 'Probability of each operation over the training, and its magnitude', '', df.to_string(formatters=forms, na_rep='-'), *off])
 
 # %% ../nbs/07b1_report.ipynb #75119cbe
 PAGE = """<!doctype html>

@@ -54,6 +54,7 @@ def test_on_a_folder_through_a_pipe_that_is_not_utf8(tmp_path):
     assert len(table)==3 and table[0].split()[:2]==['epoch','train_loss'] and len({len(l) for l in table})==1
     assert not re.search(r'\.\d{5}|None', ''.join(table))
 
+@pytest.mark.slow # `.ci/run` does so too
 def test_on_the_digits_in_a_terminal(tmp_path):
     status,out = in_terminal('--epochs', 2, cwd=tmp_path)
     assert status==0, out[-2000:]
@@ -63,6 +64,7 @@ def test_on_the_digits_in_a_terminal(tmp_path):
     assert len(table)==3 and max(map(len, table))<=80 and out.splitlines()[-1].endswith('seconds')
     assert len(Schedule.load(tmp_path/'schedule.json'))==3
 
+@pytest.mark.slow
 def test_in_a_notebook(tmp_path, pngs):
     "IN_NOTEBOOK is decided when fastcore is imported, so the shell must be there before"
     cell = f"from hba_fastai.cli import hba_search\nhba_search({str(pngs)!r}, epochs=2, size=16, bs=8, out={str(tmp_path/'s.json')!r})\n" \
@@ -90,6 +92,7 @@ def test_ctrl_c_pressed_twice_says_where_the_schedule_is(tmp_path):
     assert status==130 and len(words)==1 and words[0].endswith(f'of the search, is in {out}'), words
     assert 0.4<Schedule.load(out).progress[-1]<0.9
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_comparison_keeps_the_whole_schedule(tmp_path):
     out = tmp_path/'s.json'
     words,status = interrupted('The other things', 1, out, epochs='3')

@@ -385,8 +385,11 @@ def make(kind, applied):
     type(cb).last = property(lambda self: applied[-1])
     return cb
 
+def is_large(name): return name[0]=='models' and name[1].startswith(('timm','torchvision convnext','torchvision efficientnet','xresnet')) and name[1]!='timm resnet'
+NAMES = [pytest.param(name, id=' - '.join(name), marks=[pytest.mark.slow]*is_large(name)) for name in FLOWS]
+
 @pytest.mark.parametrize('kind', ['search','replay'])
-@pytest.mark.parametrize('name', FLOWS, ids=' - '.join)
+@pytest.mark.parametrize('name', NAMES)
 def test_flow(name, kind, pngs, applied, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     search,f = FLOWS[name]

@@ -119,6 +119,7 @@ def test_non_native_half_precision_is_refused():
 def rss():
     with open('/proc/self/statm') as f: return int(f.read().split()[1])*4096
 
+@pytest.mark.slow
 def test_soak_two_thousand_batches_with_every_companion(tmp_path):
     "Memory is flat: after 500 of 2,000 batches, the peak grows by less than 2%"
     if not __import__('os').path.exists('/proc/self/statm'): pytest.skip('resident memory is read from /proc')
