@@ -39,7 +39,8 @@ def as_text(schedule:Schedule) -> str:
     origin = ', '.join(f'{k} {schedule.provenance[k]}' for k in ('date','package','epochs','model','target') if schedule.provenance.get(k))
     head = f"Schedule of {len(schedule)} point{'s'[:len(schedule)!=1]}, sigma {schedule.sigma:g}{'; found: ' + origin if origin else ''}"
     off = [f"Not applied: {', '.join(schedule.off)}"] if schedule.off else []
-    return '\n'.join([textwrap.fill(head, 80), 'Probability of each operation over the training, and its magnitude', '', df.to_string(formatters=forms, na_rep='-'), *off])
+    table = df.to_string(formatters=forms, na_rep='-')
+    return '\n'.join([textwrap.fill(head, 80), 'Probability of each operation over the training, and its magnitude', '', table, *off])
 
 # %% ../nbs/07b1_report.ipynb #75119cbe
 PAGE = """<!doctype html>

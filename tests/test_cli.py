@@ -47,7 +47,7 @@ def test_on_a_folder_through_a_pipe_that_is_not_utf8(tmp_path):
     write_images(tmp_path/'all'/'test', 6)
     r = search(tmp_path/'all', '--epochs', 2, *SMALL, '--out', tmp_path/'new'/'λ.json', env={'PYTHONIOENCODING': 'cp1252'})
     assert r.returncode==0 and r.stderr=='', r.stderr[-2000:]
-    assert len(Schedule.load(tmp_path/'new'/'λ.json'))==3 and (tmp_path/'new'/'λ.png').exists() and r'\u03bb.json' in r.stdout
+    assert len(Schedule.load(tmp_path/'new'/'λ.json'))==3 and all((tmp_path/'new'/f'λ.{end}').exists() for end in ('png','html')) and r'\u03bb.json' in r.stdout
     assert 'Left out: test (6 images)' in r.stdout and '32 training and 8 validation images' in r.stdout
     assert 'ScheduleCallback(' in r.stdout and ('of 15 operations' in r.stdout or 'No operation' in r.stdout)
     table = rows(r.stdout)

@@ -385,8 +385,8 @@ def make(kind, applied):
     type(cb).last = property(lambda self: applied[-1])
     return cb
 
-def is_large(name): return name[0]=='models' and name[1].startswith(('timm','torchvision convnext','torchvision efficientnet','xresnet')) and name[1]!='timm resnet'
-NAMES = [pytest.param(name, id=' - '.join(name), marks=[pytest.mark.slow]*is_large(name)) for name in FLOWS]
+LARGE = 'timm convnext','timm efficientnet','timm mobilenet','timm vit','timm with gradient checkpointing','torchvision convnext','torchvision efficientnet','xresnet'
+NAMES = [pytest.param(name, id=' - '.join(name), marks=[pytest.mark.slow]*(name[1] in LARGE)) for name in FLOWS]
 
 @pytest.mark.parametrize('kind', ['search','replay'])
 @pytest.mark.parametrize('name', NAMES)
