@@ -385,7 +385,8 @@ def make(kind, applied):
     type(cb).last = property(lambda self: applied[-1])
     return cb
 
-LARGE = 'timm convnext','timm efficientnet','timm mobilenet','timm vit','timm with gradient checkpointing','torchvision convnext','torchvision efficientnet','xresnet'
+LARGE = ['timm convnext','timm efficientnet','timm mobilenet','timm vit','timm with gradient checkpointing',
+         'torchvision convnext','torchvision efficientnet','xresnet']
 NAMES = [pytest.param(name, id=' - '.join(name), marks=[pytest.mark.slow]*(name[1] in LARGE)) for name in FLOWS]
 
 @pytest.mark.parametrize('kind', ['search','replay'])
