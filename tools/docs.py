@@ -43,8 +43,10 @@ def clean(nb):
     return nb
 
 def tables(md:str) -> str:
-    "The tables of pandas look like the others"
-    return re.sub(r'<style scoped>.*?</style>', '', md, flags=re.S).replace(' border="1" class="dataframe"', '').replace(' style="text-align: right;"', '')
+    "The tables of pandas look like the others, the name of their index in the corner"
+    md = re.sub(r'<style scoped>.*?</style>', '', md, flags=re.S)
+    md = re.sub(r'<table [^>]*class="dataframe"[^>]*>', '<table>', md).replace(' style="text-align: right;"', '')
+    return re.sub(r'<th></th>((?:\s*<th>[^<]*</th>)*\s*</tr>)\s*<tr>\s*<th>([^<]+)</th>(?:\s*<th></th>)*\s*</tr>', r'<th>\2</th>\1', md)
 
 def signatures(md:str) -> str:
     "Headings of `show_doc` have the anchors by which nbdev refers to them, and a quiet link to the source"
@@ -54,11 +56,11 @@ def signatures(md:str) -> str:
 # --- links
 def page_name(nb:Path) -> str: return re.sub(r'^\d[0-9a-z]*_', '', nb.stem)
 
-def public() -> NbdevLookup:
+def public(nbs) -> NbdevLookup:
     "Where the names of `hba_fastai.all` and their methods are documented: other names in backquotes are too often words of everyday"
     import hba_fastai.all as names
-    lookup = NbdevLookup(strip_libs='hba_fastai')
-    lookup.syms = {k:v for k,v in lookup.syms.items() if k.split('.')[0] in names.__all__ and '__' not in k}
+    lookup,shown = NbdevLookup(strip_libs='hba_fastai'),{o for nb in nbs for o in re.findall(r'"### ([\w.]+)\\n', nb.read_text('utf8'))}
+    lookup.syms = {k:v for k,v in lookup.syms.items() if k in shown and k.split('.')[0] in names.__all__}
     return lookup
 
 def modules(md:str, names) -> str:
@@ -92,7 +94,7 @@ def write_pages(nbs:Path):
     if PAGES.exists(): shutil.rmtree(PAGES)
     PAGES.mkdir(parents=True)
     nbs = sorted(nbs.glob('*.ipynb'))
-    convert,lookup,names = exporter(),public(),{page_name(o) for o in nbs}
+    convert,lookup,names = exporter(),public(nbs),{page_name(o) for o in nbs}
     for nb in nbs: write_page(nb, convert, lookup, names)
     shutil.copy(ROOT/'CHANGELOG.md', PAGES/'changelog.md')
     shutil.copy(ROOT/'tools'/'docs.css', PAGES/'docs.css')
@@ -100,7 +102,7 @@ def write_pages(nbs:Path):
 def build():
     "`_docs/`, from all notebooks"
     write_pages(proc_nbs(n_workers=0))
-    subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--clean'], cwd=ROOT, check=True,
+    subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '--clean'], cwd=ROOT, check=True,
                    env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
     for f in PAGES.glob('*.md'): # docstrings of the modules name these
         (SITE/f'{f.stem}.html.md').write_text(re.sub(r'\]\((\w+)\.md', r'](\1.html.md', f.read_text('utf8')), 'utf8')
