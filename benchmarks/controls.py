@@ -6,7 +6,7 @@ Tasks: wrn16 is WRN-16-1 in bfloat16 on 4,000/10,000/10,000 images of CIFAR-10 J
 Batch 128, SGD as in the paper's Table 8.
 Each run appends a line to results/controls/TASK_EPOCHSep.jsonl; the table is results/controls.md. Seconds are CPU seconds of a process with one thread.
 """
-import argparse,ast,gc,time
+import argparse,gc,time
 import torch
 from fastai.callback.all import *
 from fastai.learner import Learner
@@ -15,36 +15,11 @@ from fastai.torch_core import set_seed
 from functools import partial
 from common import *
 from hba_fastai.all import AutoAugment,HBACallback,PolicyCallback,RandAugment,Schedule,ScheduleCallback,TrivialAugmentWide
-from hba_fastai.space import ENHANCERS,PBASpace
+from hba_fastai.space import PBASpace
 
 OUT = RESULTS/'controls'
+PUBLISHED = HERE.parent/'tests'/'schedules'/'pba'/'rcifar10_16_wrn.txt'
 TASKS = {'wrn16': (32, lambda: Bfloat16(wrn(16,1))), 'small': (16, lambda: wrn(10,1))}
-
-# --- PBA's published schedule (format: shared/reference/peers.md, section 3)
-
-PBA_OPS = 'Rotate TranslateX TranslateY Brightness Color Invert Sharpness Posterize ShearX Solarize ShearY Equalize AutoContrast Cutout Contrast'.split()
-
-def pba_magnitude(op, level):
-    "PBA's level 0..9 in the units of our Table 7"
-    l = level/10
-    if op in ENHANCERS: return 0.1+1.8*l
-    return {'Rotate': int(30*l), 'TranslateX': int(10*l)/32, 'TranslateY': int(10*l)/32, 'ShearX': 0.3*l, 'ShearY': 0.3*l,
-            'Solarize': min(int(256*l), 255), 'Posterize': 4+int(4*l), 'Cutout': min(int(20*l)/32, 0.2)}.get(op)
-
-def pba_schedule(f, epochs=200):
-    "A schedule of Population Based Augmentation as ours, without ε"
-    log = [ast.literal_eval(l) for l in f.read_text().splitlines() if l.strip()]
-    parts = [(log[0][3],log[0][4])] + [(b[3]-a[3],a[5]) for a,b in zip(log, log[1:])] + [(epochs-log[-1][3],log[-1][5])]
-    at,rows,names,seen = [],[],PBASpace().names,0
-    for n,policy in parts:
-        d = {}
-        for i in range(30):
-            op,c,(p,level) = PBA_OPS[i%15],i//15,policy[2*i:2*i+2]
-            d[f'{op}_{c}.p'] = p/10
-            if f'{op}_{c}.m' in names: d[f'{op}_{c}.m'] = pba_magnitude(op, level)
-        for a in (seen+1e-3,seen+n-1e-3): at.append(a/epochs); rows.append([d[k] for k in names])
-        seen += n
-    return Schedule(at, torch.tensor(rows, dtype=torch.float64), sigma=0.)
 
 # --- controls made of a schedule that HBA found
 
@@ -84,7 +59,7 @@ def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
     found = lambda a: Schedule.load(RESULTS/'schedules'/f'{task}_{epochs}ep_{a}_seed{seed}.json')
     search = {'hba': lambda: HBACallback(seed=seed), 'letter': lambda: HBACallback.paper(seed=seed),
               'paper': lambda: HBACallback.paper(seed=seed, hlr=None, floor=0.001)}.get(arm)
-    replay = {'fixed': fixed, 'pba': lambda: pba_schedule(SHARED/'data'/'pba'/'rcifar10_16_wrn.txt'), 'replay': lambda: found('hba'),
+    replay = {'fixed': fixed, 'pba': lambda: Schedule.from_pba(PUBLISHED, epochs=200), 'replay': lambda: found('hba'),
               'paper_replay': lambda: found('paper'), 'letter_replay': lambda: found('letter'),
               'shuffled': lambda: shuffled(found('hba'), seed), 'random': lambda: random_like(found('hba'), seed)}.get(arm)
     cb = search() if search else ScheduleCallback(replay(), seed=seed) if replay else PolicyCallback(free(), seed=seed) if free else None

@@ -6,7 +6,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/all.html.md"""
 
 # %% auto #0
 __all__ = ['PBASpace', 'Space', 'TABLE7', 'OPS', 'Data', 'Policy', 'check_policy', 'PBAPolicy', 'AutoAugment', 'RandAugment',
-           'TrivialAugmentWide', 'Schedule', 'ScheduleError', 'CheckpointError', 'array_dls', 'digits_dls',
+           'TrivialAugmentWide', 'Schedule', 'ScheduleError', 'from_timm', 'CheckpointError', 'array_dls', 'digits_dls',
            'HBACallback', 'PolicyCallback', 'ScheduleCallback', 'Verdict', 'hba_verdict']
 
 # %% ../nbs/09_all.ipynb #15f996bf
@@ -16,6 +16,7 @@ from .policy import Data,Policy,check_policy
 from .pba import PBAPolicy
 from .search_free import AutoAugment,RandAugment,TrivialAugmentWide
 from .schedule import Schedule,ScheduleError
+from .formats import from_timm
 from .checkpoint import CheckpointError
 from .data import array_dls,digits_dls
 from .replay import PolicyCallback,ScheduleCallback
@@ -25,5 +26,5 @@ from .verdict import Verdict,hba_verdict
 
 # %% ../nbs/09_all.ipynb #2c4b7975
 _all_ = ['PBASpace','Space','TABLE7','OPS','Data','Policy','check_policy','PBAPolicy','AutoAugment','RandAugment','TrivialAugmentWide',
-         'Schedule','ScheduleError','CheckpointError','array_dls','digits_dls','HBACallback','PolicyCallback','ScheduleCallback',
+         'Schedule','ScheduleError','from_timm','CheckpointError','array_dls','digits_dls','HBACallback','PolicyCallback','ScheduleCallback',
          'Verdict','hba_verdict']

@@ -231,20 +231,43 @@ def check_policies(self:Schedule, policies):
             raise ScheduleError(f"The hyperparameters of {name} or their ranges are others in the schedule than in the policy given: "
                 "replay with the policy of the search")
 
+# %% ../nbs/04_schedule.ipynb #038f281b
+@patch
+def transform(self:Schedule, pct:float, **kwargs): # Progress in [0,1]; more arguments: those of `ScheduleTransform`
+    "An `nn.Module` that augments batches of images in any program of PyTorch"
+    from hba_fastai.outside import ScheduleTransform
+    return ScheduleTransform(self, pct, **kwargs)
+
+@patch
+def torchvision(self:Schedule, pct:float, **kwargs): # Progress in [0,1]; more arguments: those of `ScheduleTransform`
+    "What augments one image at a time, for `torchvision.transforms.v2.Compose`"
+    from hba_fastai.outside import ImageTransform
+    return ImageTransform(self, pct, **kwargs)
+
 # %% ../nbs/04_schedule.ipynb #e2592ba5
 @patch
-def plot(self:Schedule, figsize=(11,6), axs=None):
-    "Probability and magnitude (as position in its range) of each operation over the progress, means of the copies"
-    import matplotlib.pyplot as plt
-    groups,position = self.space.groups(),(self.table-self.space.lo)/(self.space.hi-self.space.lo)
-    n = 1+any('p' in kinds for kinds in groups.values()) # without probabilities there is one panel
-    if axs is None: axs = plt.subplots(n, 1, figsize=(figsize[0],figsize[1]*n/2), sharex=True, squeeze=False)[1][:,0]
-    for j,(o,kinds) in enumerate(groups.items()):
-        for kind,columns in kinds.items():
-            look = dict(label=o) if kind=='p' else {} if 'p' in kinds else dict(label=o, ls='--') # what has a probability is named there
-            axs[0 if kind=='p' else -1].plot(self.progress, position[:,columns].mean(1), color=plt.cm.tab20(j%20), lw=1.6, **look)
-    for ax,t in zip(axs[::-1], ('magnitude, part of its range','probability')):
-        ax.set(ylabel=t, ylim=(0,1), xlim=(0,1))
-        if ax.get_legend_handles_labels()[1]: ax.legend(ncol=5, fontsize=8, frameon=False)
-    axs[-1].set_xlabel('progress of training')
-    return axs
+def plot(self:Schedule,
+    kind:str='bands', # 'bands': stacked, as in the paper's Figure 4; 'lines': a curve for each operation
+    figsize=None,     # Width and height in inches
+    axs=None          # Axes to draw in; default: a new figure
+):
+    "Draw probability and magnitude (as position in its range) of each operation over the progress, means of the copies; returns the axes"
+    from hba_fastai.plots import draw
+    return draw(self, kind, figsize, axs)
+
+@patch
+def show(self:Schedule,
+    dls, # `DataLoaders` of images
+    pcts=(0,0.25,0.5,0.75,1), # Points of progress, a row for each
+    n:int=6,     # Number of images
+    policy=None, # The policies that it was found for, unless that is `PBAPolicy` alone
+    seed:int=0   # Of the choice of images and of what is drawn for them
+):
+    "Show training images as the schedule augments them at points of the training, each with what was done to it; returns the axes"
+    from hba_fastai.gallery import show_schedule
+    return show_schedule(self, dls, pcts, n, policy, seed)
+
+@patch
+def _repr_html_(self:Schedule):
+    from hba_fastai.plots import as_html
+    return as_html(self)

@@ -20,7 +20,7 @@ from .layers import *
 from .exploit import *
 from .lam import *
 from .schedule import *
-from .evidence import *
+from .findings import *
 from .stream import plain
 from .target import *
 from .transform import *
@@ -30,6 +30,7 @@ from .replay import _schedules
 from .checks import *
 from .clock import *
 from .processes import average_gradients
+from .tracking import *
 from . import resume as resuming
 
 # %% ../nbs/07_search.ipynb #87df87d3
@@ -170,6 +171,7 @@ def refuse(self:HBACallback):
 def open(self:HBACallback, again:bool):
     "Before the first epoch; `again`: a search begins, or one that was stopped"
     self.loss0,self.hyper_steps = self.hyper_loss or self.learn.loss_func,Steps()
+    self.undo.enter_context(tracked(self))
     self.undo.enter_context(shown(self.learn, columns(self.policies.space, lambda: self.lam, lambda: self.hyper_steps)))
     if not self.checkpoint: return
     with target_batches(self.learn, self.hyper_data, 0) as stream: self.settings = resuming.described(self, stream)
@@ -290,11 +292,4 @@ def keep(self:HBACallback):
     _schedules[self.learn] = self.schedule
 
 # %% ../nbs/07_search.ipynb #c3545f74
-@patch
-def report(self:HBACallback) -> pd.DataFrame:
-    "Say which operations stand out from the noise; returns for each its signal (above 0: more of it lowers the loss), z, whether it is named, its values"
-    df = evidence(self.lam.gradients(), self.policies.space, self.lam.value, self.points[0][1] if self.points else self.start)
-    moved = self.net is None or any(v.abs().max()>0 for l in self.net.layers for v in l.V.values())
-    print('. '.join([*hindrances(self.provenance, moved, len(self.lam.series)), in_words(df)]))
-    if self.clock.until < self.points[-1][0]: print(f"Whatever was found, target images took {self.mix:.0%} of each batch after {self.until:.0%}.")
-    return df
+HBACallback.report,HBACallback.plot_signal = report,draw_signal

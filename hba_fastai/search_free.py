@@ -46,20 +46,19 @@ def magnitudes(ends:dict, n:int) -> Tensor: # (15,n,2)
 class SearchFree(Operations):
     "Operations that are drawn from a fixed distribution: a policy without hyperparameters"
     in_pixels = False # Is Translate drawn in pixels, instead of parts of the image?
-    def __init__(self, fill, bilinear, ends:dict, n:int):
-        super().__init__(fill, bilinear)
+    def __init__(self, fill, bilinear, mask_fill:int, ends:dict, n:int):
+        super().__init__(fill, bilinear, mask_fill)
         self.register_buffer('magnitudes', magnitudes(ends, n), persistent=False)
 
     def bind(self, data:Data):
-        if data.places: raise ValueError(f"{self.name} would shift images against their targets ({data.places}): "
+        if data.fixed: raise ValueError(f"{self.name} would shift images against their targets ({data.fixed}): "
             "use `PBAPolicy`, which leaves the geometric operations out")
         return super().bind(data)
 
     def dose(self, drawn:Draw) -> Tensor: return drawn.m.new_zeros(len(drawn.m), 0)
     def scale(self, sigma:float) -> float: return 1.
 
-    def apply(self, x, drawn, generator=None, inplace=False, dense=None):
-        return super().apply(x, drawn._replace(m=self.whole_shifts(drawn, *x.shape[2:])), generator, inplace, dense)
+    def for_size(self, drawn, h, w): return drawn._replace(m=self.whole_shifts(drawn, h, w))
 
 @patch
 def whole_shifts(self:SearchFree, drawn:Draw, h:int, w:int) -> Tensor: # (B,K)
@@ -93,9 +92,10 @@ class TrivialAugmentWide(SearchFree):
     in_pixels,slots = True,1
     def __init__(self,
         fill=None,          # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
-        bilinear:bool=False # Interpolate in the geometric operations instead of taking the nearest pixel
+        bilinear:bool=False, # Interpolate in the geometric operations instead of taking the nearest pixel
+        mask_fill:int=0     # Class, in masks, of what comes from outside the image
     ):
-        super().__init__(fill, bilinear, WIDE, 31)
+        super().__init__(fill, bilinear, mask_fill, WIDE, 31)
         self.register_buffer('choices', torch.tensor(CHOICES), persistent=False)
 
     def draw(self, v:Values, generator:torch.Generator) -> Draw:
@@ -109,17 +109,21 @@ class RandAugment(SearchFree):
         n:int=2,  # Number of operations, one after another
         m:int=9,  # Their magnitude, from 0 (nothing) to 30
         fill=None,          # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
-        bilinear:bool=False # Interpolate in the geometric operations instead of taking the nearest pixel
+        bilinear:bool=False, # Interpolate in the geometric operations instead of taking the nearest pixel
+        p:float=1.,         # Probability of each to be applied
+        mask_fill:int=0     # Class, in masks, of what comes from outside the image
     ):
         if n<1 or m not in range(31): raise ValueError(f"RandAugment({n}, {m}) has {n} operations of magnitude {m}: "
             "give at least one operation, and a whole magnitude from 0 to 30")
-        super().__init__(fill, bilinear, NARROW, 31)
-        self.slots,self.m = n,m
+        if not 0<p<=1: raise ValueError(f"RandAugment applies each operation with probability p={p}: give a number above 0, up to 1")
+        super().__init__(fill, bilinear, mask_fill, NARROW, 31)
+        self.slots,self.m,self.p = n,m,p
         self.register_buffer('choices', torch.tensor(CHOICES), persistent=False)
 
     def draw(self, v:Values, generator:torch.Generator) -> Draw:
-        which,direction = self.uniform(v, 2, generator)
-        return self.at_levels(self.choices[choice(which, len(CHOICES))], self.m, direction)
+        which,direction,*coin = self.uniform(v, 2+(self.p<1), generator)
+        op = self.choices[choice(which, len(CHOICES))]
+        return self.at_levels(torch.where(coin[0]<self.p, op, -1) if coin else op, self.m, direction)
 
 # %% ../nbs/02c_search_free.ipynb #5bfbd7b9
 PAIRS = { # data set: pairs of operation, probability, magnitude
@@ -159,10 +163,11 @@ class AutoAugment(SearchFree):
     def __init__(self,
         policy:str='imagenet', # Whose pairs: 'imagenet', 'cifar10' or 'svhn'
         fill=None,          # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
-        bilinear:bool=False # Interpolate in the geometric operations instead of taking the nearest pixel
+        bilinear:bool=False, # Interpolate in the geometric operations instead of taking the nearest pixel
+        mask_fill:int=0     # Class, in masks, of what comes from outside the image
     ):
         if policy not in PAIRS: raise ValueError(f"AutoAugment has no policy {policy!r}: use one of {list(PAIRS)}")
-        super().__init__(fill, bilinear, NARROW, 10)
+        super().__init__(fill, bilinear, mask_fill, NARROW, 10)
         op,p,level = zip(*[part.split() for pair in PAIRS[policy].split(';') for part in pair.split(',')])
         for name,t in dict(op=[OP[o] for o in op], p=[float(o) for o in p], level=[int(o) for o in level]).items():
             self.register_buffer(name, torch.tensor(t).view(-1, 2), persistent=False) # (25,2)

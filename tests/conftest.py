@@ -1,12 +1,14 @@
 from contextlib import contextmanager
 from unittest import mock
+import pytest
 import torch
 from fastai.callback.all import ProgressCallback
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
+from PIL import Image
 from hba_fastai import kernels
-from hba_fastai.data import digits_dls
+from hba_fastai.data import digits,digits_dls
 from torch import nn
 
 torch.set_num_threads(1) # small networks, and machines that do other things too
@@ -34,3 +36,14 @@ def recorded():
         def __getitem__(self, grid): return lambda *args: launches.append((self.name,grid,args))
     launches,own = [],{name: Kernel(name) for name in ('_statistics','_operate')}
     with mock.patch.multiple(kernels, create=True, **own): yield launches # where there is no Triton, too
+
+def write_images(path, n=40, classes='ab'):
+    x,_ = digits(24)
+    for i in range(n):
+        f = path/classes[i%len(classes)]/f'{i}.png'
+        f.parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(x[i].permute(1,2,0).numpy()).save(f)
+    return path
+
+@pytest.fixture
+def pngs(tmp_path): return write_images(tmp_path/'im')

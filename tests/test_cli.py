@@ -7,11 +7,12 @@ import pytest
 from fastai.learner import load_learner
 from fastcore.script import CliError
 from fastcore.test import test_eq as same
+from conftest import write_images
 from PIL import Image
 from hba_fastai import session
 from hba_fastai.search import HBACallback
 from hba_fastai.cli import hba_search
-from hba_fastai.data import digits,in_memory
+from hba_fastai.data import in_memory
 from hba_fastai.folder import folder_dls,folder_learner,split_folder
 from hba_fastai.items import check_readable
 from hba_fastai.schedule import Schedule
@@ -20,17 +21,6 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 COMMAND = str(Path(sys.executable).with_name('hba_search'))
 ENV = {k:v for k,v in os.environ.items() if k!='PYTHONWARNINGS'} | {'COLUMNS': '80'}
 SMALL = '--size 16 --bs 8'.split()
-
-def write_images(path, n=40, classes='ab'):
-    x,_ = digits(24)
-    for i in range(n):
-        f = path/classes[i%len(classes)]/f'{i}.png'
-        f.parent.mkdir(exist_ok=True, parents=True)
-        Image.fromarray(x[i].permute(1,2,0).numpy()).save(f)
-    return path
-
-@pytest.fixture
-def pngs(tmp_path): return write_images(tmp_path/'im')
 
 def search(*args, env={}, **kw):
     return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, timeout=300, env=ENV|env, **kw)
@@ -96,7 +86,7 @@ def interrupted(row, presses, out, epochs='60'):
 
 def test_ctrl_c_pressed_twice_says_where_the_schedule_is(tmp_path):
     out = tmp_path/'s.json'
-    words,status = interrupted(' +24 ', 2, out)
+    words,status = interrupted(' +12 ', 2, out, epochs='30')
     assert status==130 and len(words)==1 and words[0].endswith(f'of the search, is in {out}'), words
     assert 0.4<Schedule.load(out).progress[-1]<0.9
 
@@ -185,7 +175,7 @@ def test_a_target_folder(pngs, tmp_path):
     target,out = write_images(tmp_path/'target', 3),tmp_path/'s.json'
     r = search(pngs, '--target', target, '--epochs', 5, *SMALL, '--out', out)
     assert r.returncode==0, r.stderr
-    assert 'target images take 50% of each batch after 60%, when the policy is fixed' in r.stdout
+    assert 'take 50% of each batch from epoch 3, when the policy is fixed' in r.stdout
     s = Schedule.load(out)
     assert s.provenance['target'].endswith(str(target)) and s.provenance['until']==0.6 and (s.table[3]==s.table[5]).all()
 
@@ -202,8 +192,21 @@ def test_choices_reach_the_callback(monkeypatch, tmp_path):
     with pytest.raises(CliError): hba_search(strategy='first_norm', skip='Invert,Solarize', limits='Rotate=0:10,TranslateX=0:0.1', seed=3)
     assert got.pop('target').n==100 and got==dict(seed=3, strategy='first_norm', skip=['Invert','Solarize'], limits={'Rotate': (0,10), 'TranslateX': (0,0.1)})
     got.clear()
-    with pytest.raises(CliError): hba_search()
-    assert got.pop('target').n==100 and got==dict(seed=0)
+    with pytest.raises(CliError): hba_search(hlr=0.05, sigma=0., resume=True, out=str(tmp_path/'s.json'))
+    assert got.pop('target').n==100 and got==dict(seed=0, hlr=0.05, sigma=0., checkpoint=tmp_path/'s.pth', resume=True)
+
+def test_a_search_goes_on(tmp_path, pngs, monkeypatch):
+    "Stopped in its fourth epoch and started again, it finds what one without a stop finds"
+    def stop(self):
+        if self.learn.epoch==3: raise KeyboardInterrupt
+    kw = dict(epochs=6, size=16, bs=8, resume=True)
+    hba_search(str(pngs), out=str(tmp_path/'whole.json'), **kw)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(session.KeepCallback, 'before_epoch', stop, raising=False)
+        hba_search(str(pngs), out=str(tmp_path/'s.json'), **kw)
+    assert (tmp_path/'s.pth').exists() and len(Schedule.load(tmp_path/'s.json'))<7
+    hba_search(str(pngs), out=str(tmp_path/'s.json'), **kw)
+    assert Schedule.load(tmp_path/'s.json')==Schedule.load(tmp_path/'whole.json') and not list(tmp_path.glob('*.pth'))
 
 def learner_of(pngs):
     train,valid,_ = split_folder(pngs, 0)

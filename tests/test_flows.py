@@ -274,37 +274,44 @@ class Join(nn.Module):
 @flow('models', 'batch dimension that changes before the layer', search='refused: The layer')
 def _(cb): l = small_learner(model=nn.Sequential(Patches(), small_net(), Join())); l.fit(2, cbs=cb); return l
 
-# --- targets: what is a place in the image is never shifted
+# --- targets: what is a place in the image moves with it; what cannot is never shifted
 def masks():
     set_seed(0)
     y = lambda f: Image.fromarray((np.array(Image.open(f).convert('L'))>100).astype(np.uint8))
     return DataBlock((ImageBlock,MaskBlock(['back','ink'])), get_items=get_image_files, get_y=lambda f: np.array(y(f)),
                      splitter=RandomSplitter(0.4, seed=1)).dataloaders(Flow.path, bs=8, num_workers=0)
-def block(*blocks, get_y, loss, n, **kw):
+def block(*blocks, get_y, loss, n, net=None, **kw):
     set_seed(0)
     dls = DataBlock((ImageBlock,*blocks), get_items=get_image_files, get_y=get_y, splitter=RandomSplitter(0.4, seed=1),
                     **kw).dataloaders(Flow.path, bs=8, num_workers=0)
-    return small_learner(dls=dls, model=small_net(n=n), loss_func=loss)
+    return small_learner(dls=dls, model=net or small_net(n=n), loss_func=loss)
 @flow('targets', 'single label')
 def _(cb): l = vision(); l.fit(2, cbs=cb); return l
 @flow('targets', 'several labels')
 def _(cb): l = block(MultiCategoryBlock, get_y=lambda f: [f.parent.name,'any'], loss=None, n=4); l.metrics = []; l.fit(2, cbs=cb); return l
 @flow('targets', 'regression')
 def _(cb): l = block(RegressionBlock(1), get_y=lambda f: float(f.parent.name), loss=MSELossFlat(), n=1); l.metrics = []; l.fit(2, cbs=cb); return l
-def still(cb): assert {'Rotate','ShearX','Cutout'} <= set((cb.bound if isinstance(cb, HBACallback) else cb.last).skip)
-@flow('targets', 'segmentation masks', search='works, without the geometric operations and Cutout')
+def moves(cb): assert not {'Rotate','ShearX','Cutout'} & set((cb.bound if isinstance(cb, HBACallback) else cb.last).skip)
+@flow('targets', 'segmentation masks', search='works, masks move with their images')
 def _(cb):
-    l = hush(Learner(masks(), nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,2,1)),
-                     loss_func=CrossEntropyLossFlat(axis=1)))
+    l = hush(Learner(masks(), per_pixel(2), loss_func=CrossEntropyLossFlat(axis=1)))
     l.fit(2, cbs=cb)
-    still(cb)
+    moves(cb)
     return l
-@flow('targets', 'points', search='works, without the geometric operations and Cutout')
-def _(cb): l = block(PointBlock, get_y=lambda f: torch.tensor([[8.,9.]]), loss=MSELossFlat(), n=2); l.metrics = []; l.fit(2, cbs=cb); still(cb); return l
-@flow('targets', 'boxes', search='works, without the geometric operations and Cutout')
+@flow('targets', 'points', search='works, points move with their images')
+def _(cb): l = block(PointBlock, get_y=lambda f: torch.tensor([[8.,9.]]), loss=MSELossFlat(), n=2); l.metrics = []; l.fit(2, cbs=cb); moves(cb); return l
+@flow('targets', 'boxes', search='works, boxes move with their images')
 def _(cb):
     l = block(BBoxBlock, BBoxLblBlock, get_y=[lambda f: [[2,3,9,9]], lambda f: ['it']], loss=lambda p,b,c: F.mse_loss(p, b.view(len(b),-1)), n=4, n_inp=1)
-    l.metrics = []; l.fit(2, cbs=cb); still(cb); return l
+    l.metrics = []; l.fit(2, cbs=cb); moves(cb); return l
+def still(cb): assert {'Rotate','ShearX','Cutout'} <= set((cb.bound if isinstance(cb, HBACallback) else cb.last).skip)
+def per_pixel(n): return nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,n,1))
+def restored():
+    l = block(ImageBlock, get_y=lambda f: f, loss=MSELossFlat(), n=3, net=per_pixel(3))
+    l.metrics = []
+    return l
+@flow('targets', 'images', search='works, without the geometric operations and Cutout')
+def _(cb): l = restored(); l.fit(2, cbs=cb); still(cb); return l
 
 # --- images
 def shaped(c=3, h=12, w=12, n=100, bs=20, **kw):
@@ -395,19 +402,17 @@ def test_flow(name, kind, pngs, applied, monkeypatch, tmp_path):
     assert all('forward' not in vars(m) for m in learn.model.modules())
     if learn.opt: assert sum(len(g) for g in learn.opt.param_lists)==len([p for p in learn.model.parameters()])
 
-def test_targets_that_are_places_are_never_shifted_silently(pngs):
-    "The warning says what is left out, and the masks that reach the model are those of the files"
-    learn,seen = hush(Learner(masks(), nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                                                     nn.Conv2d(8,2,1)), loss_func=CrossEntropyLossFlat(axis=1))),[]
+def test_targets_that_are_images_are_never_shifted_silently(pngs):
+    "The warning says what is left out, and the images that are targets reach the model as they are in the files"
+    learn,seen = restored(),[]
     from fastai.callback.core import Callback
     class See(Callback):
         order = 60
         def before_batch(self):
-            if self.training: seen.extend(self.yb[0].sum((1,2)).tolist())
-    with pytest.warns(UserWarning, match='geometric operations would shift images against their targets .TensorMask.: they are left out'):
+            if self.training: seen.extend((self.yb[0]*255).round().long().sum((1,2,3)).tolist())
+    with pytest.warns(UserWarning, match='geometric operations would shift images against their targets .TensorImage.: they are left out'):
         learn.fit(2, cbs=[HBACallback(start=0.5), See()])
-    want = {int((np.array(Image.open(f).convert('L'))>100).sum()) for f in learn.dls.train.items}
-    assert set(seen) <= want
+    assert set(seen) <= {int(np.array(Image.open(f).convert('RGB')).sum()) for f in learn.dls.train.items}
 
 def test_table_is_what_is_tested():
     "The documentation's table lists these flows and results, no more and no less"

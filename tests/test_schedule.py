@@ -76,7 +76,7 @@ def test_frame_and_plot(schedule):
     import matplotlib; matplotlib.use('Agg')
     assert schedule.frame().shape==(3,54)
     axs = schedule.plot()
-    assert len(axs[0].lines)==15 and len(axs[1].lines)==12
+    assert [len(ax.collections) for ax in axs]==[15,12]
 
 def calm(**kw):
     "A schedule that uses all that a schedule can say"

@@ -175,7 +175,7 @@ def test_columns():
     learn = small_learner()
     learn.logger = lambda r: rows.append(list(r))
     learn.fit(2, cbs=HBACallback())
-    assert learn.recorder.metric_names[3:-1]==['accuracy','hyper_loss','mean_p','mean_mag','skipped']
+    assert learn.recorder.metric_names[3:-1]==['accuracy','hyper_loss','mean_p','mean_mag','skipped','leading']
     assert all(len(r)==len(learn.recorder.metric_names) for r in rows)
     hyper,p,mag,skipped = rows[-1][4:8]
     assert 0<hyper<10 and 0<p<1 and 0<mag<1 and skipped==0 and len(learn.metrics)==1

@@ -224,8 +224,9 @@ def test_holes_have_the_mean_of_the_data(make):
     y = TrivialAugmentWide().bind(Data(3, mean)).apply(images(1), TrivialAugmentWide().at_levels(away, 30, torch.zeros(1,1)))
     assert torch.equal(y, torch.tensor([51,102,153], dtype=torch.uint8).view(1,3,1,1).expand(1,3,*SIZE)) # 32 pixels of 32
 
-def test_places_are_refused(make):
-    with pytest.raises(ValueError, match=r"would shift images against their targets \(TensorMask\): use `PBAPolicy`"): make().bind(Data(3, None, 'TensorMask'))
+def test_targets_that_are_images_are_refused(make):
+    with pytest.raises(ValueError, match=r"would shift images against their targets \(TensorImage\): use `PBAPolicy`"):
+        make().bind(Data(3, None, 'TensorImage', 'TensorImage'))
 
 # --- in a fit
 
