@@ -71,7 +71,7 @@ def modules(md:str, names) -> str:
 def relative(md:str) -> str:
     "Links between pages, whether a notebook or an address of the site is named; and to the files that figures come from"
     md = re.sub(r'(?<!\[)`(benchmarks/[\w/]+\.\w+)`', rf'[`\1`]({FILES}\1)', md)
-    md = re.sub(r'\]\((?:\d[0-9a-z]*_)?(\w+)\.ipynb(#[^)]*)?\)', r'](\1.md\2)', md)
+    md = re.sub(r'\]\((?:\d[0-9a-z]*_)?(\w+)\.(?:ipynb|html)(#[^)]*)?\)', r'](\1.md\2)', md)
     return re.sub(rf'\]\({URL}(\w+)\.html(#[^)]*)?\)', r'](\1.md\2)', md)
 
 # --- pages
