@@ -92,7 +92,8 @@ def test_a_page_is_whole_and_fits(name, tab, url):
 
 def test_search_finds_a_page(tab, url):
     tab.goto(url+'index.html', wait_until='networkidle')
-    tab.fill('input[name=query]', 'hypergradient')
+    tab.click('input[name=query]')
+    tab.locator('input[name=query]').press_sequentially('hypergradient') # it listens to keys
     tab.wait_for_selector('.md-search-result__link')
     tab.click('.md-search-result__link >> nth=0')
     tab.wait_for_url('**/*.html*')
