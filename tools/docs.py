@@ -50,7 +50,8 @@ def tables(md:str) -> str:
 
 def signatures(md:str) -> str:
     "Headings of `show_doc` have the anchors by which nbdev refers to them, and a quiet link to the source"
-    md = re.sub(r'^### ([A-Za-z_][\w.]*)$', lambda m: f'{m[0]} {{#{m[1].lower()}}}', md, flags=re.M)
+    head = lambda m: m[0].replace('_', r'\_') if '__' in m[1] else f'{m[0]} {{#{m[1].lower()}}}' # __x__ would be bold
+    md = re.sub(r'^### ([A-Za-z_][\w.]*)$', head, md, flags=re.M)
     return re.sub(r'^\[source\]\(([^)]*)\)\{.*\}$', r'[source](\1){.source}', md, flags=re.M)
 
 # --- links
@@ -60,7 +61,7 @@ def public(nbs) -> NbdevLookup:
     "Where the names of `hba_fastai.all` and their methods are documented: other names in backquotes are too often words of everyday"
     import hba_fastai.all as names
     lookup,shown = NbdevLookup(strip_libs='hba_fastai'),{o for nb in nbs for o in re.findall(r'"### ([\w.]+)\\n', nb.read_text('utf8'))}
-    lookup.syms = {k:v for k,v in lookup.syms.items() if k in shown and k.split('.')[0] in names.__all__}
+    lookup.syms = {k:v for k,v in lookup.syms.items() if k in shown and '__' not in k and k.split('.')[0] in names.__all__}
     return lookup
 
 def modules(md:str, names) -> str:
@@ -72,6 +73,7 @@ def relative(md:str) -> str:
     "Links between pages, whether a notebook or an address of the site is named; and to the files that figures come from"
     md = re.sub(r'(?<!\[)`(benchmarks/[\w/]+\.\w+)`', rf'[`\1`]({FILES}\1)', md)
     md = re.sub(r'\]\((?:\d[0-9a-z]*_)?(\w+)\.(?:ipynb|html)(#[^)]*)?\)', r'](\1.md\2)', md)
+    md = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\]\(', r'[\1](', md) # a name that was a link already
     return re.sub(rf'\]\({URL}(\w+)\.html(#[^)]*)?\)', r'](\1.md\2)', md)
 
 # --- pages

@@ -85,6 +85,7 @@ def test_a_page_is_whole_and_fits(name, tab, url):
     for width in WIDTHS:
         tab.set_viewport_size(dict(width=width, height=900))
         assert tab.evaluate('document.documentElement.scrollWidth')<=width
+    assert '](' not in tab.evaluate("[...document.querySelectorAll('article p, article li, article td, article h3')].map(o => o.innerText).join()")
     assert is_light(tab)
     tab.emulate_media(color_scheme='dark')
     tab.wait_for_timeout(400) # it fades
@@ -92,7 +93,8 @@ def test_a_page_is_whole_and_fits(name, tab, url):
 
 def test_search_finds_a_page(tab, url):
     tab.goto(url+'index.html', wait_until='networkidle')
-    tab.fill('input[name=query]', 'hypergradient')
+    tab.click('input[name=query]')
+    tab.locator('input[name=query]').press_sequentially('hypergradient') # it listens to keys
     tab.wait_for_selector('.md-search-result__link')
     tab.click('.md-search-result__link >> nth=0')
     tab.wait_for_url('**/*.html*')
