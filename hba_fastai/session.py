@@ -268,6 +268,7 @@ def run(path, arch, epochs, out, size, bs, lr, seed, target, same, paper, resume
     learn = digits_learner(seed, same) if demo else None
     try: hba = make(seed=seed, target=learn.dls[2] if demo else target, **chosen(**own), **checkpointed(out, resume))
     except (ValueError,TypeError) as e: raise CliError(str(e)) from None
+    if resume and hba.checkpoint.exists(): print(f"Goes on from {hba.checkpoint}, behind its last whole epoch")
     with kept(hba, out):
         if demo: search_digits(learn, hba, epochs, files, seed, same)
         else: search_folder(path, hba, epochs, files, arch, size, bs, lr, seed)
