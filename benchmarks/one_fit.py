@@ -2,7 +2,7 @@
 
     python benchmarks/one_fit.py --seeds 100 101   # runs what is missing, then writes results/one_fit.md
 
-The digits of payoff.py at 900 steps, on seeds that no other table uses; `late_start` is the strongest rival there: the start policy on all, the target
+The digits of payoff.py at 900 steps, on seeds that payoff.py has in no table; `late_start` is the strongest rival there: the start policy on all, the target
 images mixed in from 60%. results/one_fit.jsonl: variant, shift, seed, n_target, error, cpu_seconds, lam (where λ ended).
 """
 import argparse,gc,json,time
