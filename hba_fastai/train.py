@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/train.html.md"""
 __all__ = ['check_model_file', 'in_one_sentence', 'run']
 
 # %% ../nbs/07e_train.ipynb #7c6c2695
-import tempfile,time
+import time
 from contextlib import contextmanager
 from fastcore.script import CliError
 from fastai.vision.all import *
@@ -19,12 +19,8 @@ from .session import *
 def check_model_file(out) -> Path:
     "Raise unless a model can be written to `out`"
     f = Path(out).resolve()
-    if f.is_dir() or str(out).endswith('/'): raise CliError(f"--out {out} is a folder: name a file in it, such as {f/'model.pkl'}")
     if f.suffix=='.json': raise CliError(f"--out {out} is the name of a schedule and holds the trained model: name it {f.with_suffix('.pkl').name}")
-    try:
-        f.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=f.parent): pass
-    except OSError as e: raise CliError(f"--out {out} cannot be written ({e.strerror}): name a file in a folder where you may write") from None
+    check_writable(out, 'model.pkl')
     return f
 
 # %% ../nbs/07e_train.ipynb #57940bd5
@@ -33,7 +29,6 @@ def in_one_sentence():
     "What goes wrong is said in one sentence; nothing is kept of a training that was stopped"
     try: yield
     except KeyboardInterrupt: raise KeyboardInterrupt("Stopped: no model was written") from None
-    except FileNotFoundError as e: raise CliError(f"There is no schedule {e.filename}: give --schedule a file that hba_search wrote") from None
     except (ValueError,TypeError,ArithmeticError,OSError) as e: raise CliError(words(e)) from None
     except torch.cuda.OutOfMemoryError: raise CliError("The memory of the GPU is too small for this: give a smaller --bs or --size") from None
 
@@ -44,6 +39,7 @@ def run(path, schedule, arch, epochs, out, size, bs, lr, seed, target):
     check_numbers(epochs, size, bs, lr, seed)
     out = check_model_file(out)
     with in_one_sentence():
+        if not Path(schedule).is_file(): raise CliError(f"There is no schedule {schedule}: give --schedule a file that hba_search wrote")
         replay = ScheduleCallback(schedule, seed=seed, target=target)
         learn = learner_of(path, arch, size, bs, seed)
         print(f"{replay.schedule}\n{'Replaces' if out.exists() else 'Writes'} {out}", flush=True)

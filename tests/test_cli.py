@@ -47,7 +47,7 @@ def test_on_a_folder_through_a_pipe_that_is_not_utf8(tmp_path):
     write_images(tmp_path/'all'/'test', 6)
     r = search(tmp_path/'all', '--epochs', 2, *SMALL, '--out', tmp_path/'new'/'λ.json', env={'PYTHONIOENCODING': 'cp1252'})
     assert r.returncode==0 and r.stderr=='', r.stderr[-2000:]
-    assert len(Schedule.load(tmp_path/'new'/'λ.json'))==3 and all((tmp_path/'new'/f'λ.{end}').exists() for end in ('png','html')) and r'\u03bb.json' in r.stdout
+    assert len(Schedule.load(tmp_path/'new'/'λ.json'))==3 and all((tmp_path/'new'/f).exists() for f in ('λ.png','λ.html')) and r'\u03bb.json' in r.stdout
     assert 'Left out: test (6 images)' in r.stdout and '32 training and 8 validation images' in r.stdout
     assert 'ScheduleCallback(' in r.stdout and ('of 15 operations' in r.stdout or 'No operation' in r.stdout)
     table = rows(r.stdout)
@@ -135,7 +135,8 @@ def test_refusals(pngs, tmp_path):
                      (dict(lr=-1), '--lr'), (dict(seed=-1), '--seed'),
                      (dict(epochs=1, bs=64), 'no hyper-step'), (dict(same=True), '--same is for the digits'),
                      (dict(target='nowhere'), "target='nowhere' does not exist"), (dict(path=None, target=im), 'bring a target of their own'),
-                     (dict(out=str(tmp_path)), 'is a folder'), (dict(out='x.png'), 'name of a picture'),
+                     (dict(out=str(tmp_path)), 'is a folder'), (dict(out='x.pth', resume=True), 'name of the checkpoint'),
+                     (dict(out='x.png'), 'name of a picture'),
                      (dict(out=f'{im}/a/0.png/s.json'), 'cannot be written'),
                      (dict(arch='resnet17x'), 'resnet17x'), (dict(arch='ResNet'), 'no classifier'),
                      (dict(arch='vit_tiny_patch16_224', size=32), 'does not take'),

@@ -36,6 +36,13 @@ def test_a_page_of_a_strangers_file(tmp_path):
     assert not {'script','b','link','iframe'} & {*found.tags} and found.tags.count('img')==1
     assert all(l.startswith('data:image/png') for l in found.links)
 
+def test_a_strangers_file_does_not_steer_the_terminal(tmp_path, capsys):
+    space = PBASpace()
+    Schedule([0.], space.values(space.start())[None], provenance=dict(model='\x1b[2J\x1b]0;title\x07')).save(tmp_path/'s.json')
+    hba_show(str(tmp_path/'s.json'))
+    out = capsys.readouterr().out
+    assert 'model' in out and out.replace('\n', '').isprintable()
+
 def test_with_images(tmp_path, pngs):
     hba_show(saved(tmp_path), html=str(tmp_path/'p.html'), images=str(pngs), size=16)
     assert Elements((tmp_path/'p.html').read_text('utf8')).tags.count('img')==2
