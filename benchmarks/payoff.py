@@ -317,8 +317,9 @@ def write(r):
 def pm(v, sign=''): return f'{{:{sign}.1f}} ± {{:.1f}} ({len(v)})'.format(*mean_se(v)) if len(v)>1 else f'{v[0]:{sign}.1f} (1)' if v else ''
 
 def errors(rs, steps, n, shift, arm, what='error'):
-    "`{seed: error}`; an arm without target images is the same for each number of them"
-    return {s: r[what] for (st,nt,sh,s,a),r in rs.items() if (st,sh,a)==(steps,shift,arm) and nt==(0 if arm in ALONE else n)}
+    "`{seed: error}`; an arm without target images is the same for each number of them, and so is the oracle"
+    of = lambda nt: arm=='oracle' or nt==(0 if arm in ALONE else n)
+    return {s: r[what] for (st,nt,sh,s,a),r in rs.items() if (st,sh,a)==(steps,shift,arm) and of(nt)}
 
 def head(*cols): return [f"| {' | '.join(cols)} |", '| --- '*len(cols)+'|']
 
@@ -343,13 +344,14 @@ def best_rival(rs, steps, n, shift):
 
 def differences_table(rs, steps, n):
     "Per shift: what the best rival is, and the paired difference of ours from it; per group the mean over its shifts, with the standard error over them"
-    out = head('shift', 'best rival', 'its error %', *[f'{a} − it' for a in OURS], 'oracle − it')
+    arms = [a for a in (*OURS,'oracle') if any(errors(rs, steps, n, s, a) for s in SHIFTS)]
+    out = head('shift', 'best rival', 'its error %', *[f'{a} − it' for a in arms])
     for name,shifts in GROUPS.items():
         over = []
         for shift in [s for s in shifts if errors(rs, steps, n, s, 'one_fit')]:
             rival = best_rival(rs, steps, n, shift)
             e = errors(rs, steps, n, shift, rival)
-            d = [difference(errors(rs, steps, n, shift, a), e) for a in (*OURS,'oracle')]
+            d = [difference(errors(rs, steps, n, shift, a), e) for a in arms]
             if all(d): over.append([np.mean(o) for o in (list(e.values()),*d)])
             out.append(f"| {shift} | {rival} | {pm(list(e.values()))} | {' | '.join(pm(o, '+') for o in d)} |")
         if len(over)>1: out.append(f"| *mean: {name}* | | {' | '.join(pm(list(c), '+' if i else '') for i,c in enumerate(zip(*over)))} |")
@@ -362,7 +364,8 @@ def gap_closed(rs, steps, n, arm, shifts) -> list:
     return [(e['nothing'][c]-e[arm][c], e['nothing'][c]-e['oracle'][c]) for c in sorted(cells) if e['nothing'][c]-e['oracle'][c]>=5]
 
 def interval(pairs, k=2000):
-    "Ratio of the sums, and its 95% interval by bootstrap over cells"
+    "Ratio of the sums, and its 95% interval by bootstrap over cells; '' without any"
+    if not pairs: return ''
     a,i = np.array(pairs),np.random.default_rng(0).integers(0, len(pairs), (k,len(pairs)))
     low,high = np.quantile(a[i,0].sum(1)/a[i,1].sum(1), [0.025,0.975])
     return f'{a[:,0].sum()/a[:,1].sum():.2f} ({low:.2f} to {high:.2f})'

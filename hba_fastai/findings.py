@@ -141,5 +141,5 @@ def _bars(ax, df, colour:dict):
     ax.axvline(0, color='black', lw=0.8)
     ax.axvline(least_named(dict(df.signal)), color='0.3', lw=1, ls='--')
     for label,named in zip(ax.get_yticklabels(), df.named): label.set(fontsize=8, fontweight='bold' if named else 'normal')
-    ax.set(xlabel='signal (above 0: more of it lowers the loss) and z')
+    ax.set(xlabel='bars: signal (above 0: more of it lowers the loss); numbers: z')
     ax.set_title('named beyond the dashed line' if not df.named.any() else f"named: {', '.join(df.index[df.named][::-1])}", fontsize=9)

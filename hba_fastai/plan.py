@@ -21,10 +21,10 @@ from .target import target_batches
 from .transform import seen_data
 
 # %% ../nbs/07a_plan.ipynb #9eb9bc13
-def n_hyper_steps(hba, n_batches:int) -> int:
-    "Number of hyper-steps in a training of `n_batches`"
+def n_hyper_steps(hba, n_steps:int) -> int:
+    "Number of hyper-steps in a training of `n_steps` of the optimizer"
     until = 1 if hba.target is None else hba.until
-    return hba.T_val*sum(hba.warmup<=i/n_batches<=until+1e-9 for i in range(hba.T_train, n_batches+1, hba.T_train))
+    return hba.T_val*sum(hba.warmup<=i/n_steps<=until+1e-9 for i in range(hba.T_train, n_steps+1, hba.T_train))
 
 # %% ../nbs/07a_plan.ipynb #6c3f1c4d
 STEP_COST = 0.46 # time of a hyper-step ÷ that of a training step, one normalisation layer (benchmarks/results/cheap_steps.md)
@@ -56,7 +56,11 @@ def _images(classes:dict|None, what:str) -> str:
 
 def _when(hba, epochs:int) -> str:
     first,last = hba.warmup*epochs,epochs if hba.target is None else hba.until*epochs
-    return f"one every {hba.T_train} batches from epoch {first:.3g} to {last:.3g} of {epochs}"
+    return f"one every {hba.T_train} optimizer steps from epoch {first:.3g} to {last:.3g} of {epochs}"
+
+def _how(hba, hlr:float) -> str:
+    "How a hyper-step moves λ"
+    return f"at a rate of {hlr:.2g}" if hba.exploit=='gradient' else f"each to the best of {hba.population_size} policies"
 
 def _target_lines(hba, epochs:int) -> list:
     "What becomes of target images"
@@ -72,7 +76,7 @@ def _lines(hba, p:dict) -> list:
               "(benchmarks/results/evidence.md)"]
     sure = hindrances(dict(target_classes=p['classes']), True, p['hyper_steps']) or seldom
     steps = f"{p['hyper_steps']} hyper-step{'s'[:p['hyper_steps']!=1]}"
-    return [f"Responds in: {p['responds']}", f"Searches by: {steps}, {_when(hba, p['epochs'])}, at a rate of {p['hlr']:.2g}",
+    return [f"Responds in: {p['responds']}", f"Searches by: {steps}, {_when(hba, p['epochs'])}, {_how(hba, p['hlr'])}",
             f"on:          {_images(p['classes'], p['data'])}", *inactive, *_target_lines(hba, p['epochs']),
             f"Surcharge:   {extra}", f"How sure:    {'. '.join(sure)}"]
 
@@ -89,11 +93,12 @@ def plan(self:HBACallback,
     epochs:int # Length of the course: with `fine_tune` the frozen epochs and the others
 ) -> dict: # Figures of the plan, by name
     "Say what a fit of `learn` with this callback will be: layers, hyper-steps, images, operations that cannot act, surcharge, how sure a find can be"
-    if epochs<1: raise ValueError(f"epochs={epochs} is the length of a training: it must be 1 or more")
+    if not isinstance(epochs, int) or epochs<1: raise ValueError(f"epochs={epochs!r:.60} is the length of a training: it must be a whole number of 1 or more")
     refuse_learner(learn)
-    n_batches = round(epochs*steps_per_epoch(learn))
-    steps,p = n_hyper_steps(self, n_batches),asked(self, learn)
+    n_batches = epochs*len(learn.dls.train)
+    steps,p = n_hyper_steps(self, round(epochs*steps_per_epoch(learn))),asked(self, learn)
     figures = dict(epochs=epochs, batches=n_batches, hyper_steps=steps, hlr=rate(self, learn, epochs))
     p = dict(**figures, **p, surcharge=surcharge(self, steps, n_batches, p['n_layers']))
     print('\n'.join(_lines(self, p)))
+    self.told = p['responds'] # the fit need not say it again
     return p

@@ -9,6 +9,7 @@ __all__ = ['PBA', 'ROUNDING', 'FORMAT', 'VERSION', 'ScheduleError', 'Schedule']
 
 # %% ../nbs/04_schedule.ipynb #21cdc1bc
 import json,math
+from numbers import Real
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -105,6 +106,7 @@ ROUNDING = 1e-3
 @patch
 def at(self:Schedule, pct:float) -> Tensor: # Progress in [0,1] -> values (H,), float64
     "Values at `pct`, by linear interpolation"
+    if not isinstance(pct, (Real,Tensor)): raise ScheduleError(f"{pct!r:.60} is no progress of training: give a number from 0 to 1")
     if not -ROUNDING<=pct<=1+ROUNDING: raise ScheduleError(f"{pct:g} is no progress of training: progress goes from 0 to 1; for epoch 50 of 200 say 0.25")
     if len(self)==1: return self.table[0]
     i = torch.searchsorted(self.progress, pct).clamp(1, len(self)-1).item()
@@ -166,7 +168,7 @@ def save(self:Schedule, fname) -> Path: # `fname`
 def _numbers(what:str, v) -> list:
     "`v` as a list of finite floats"
     if not isinstance(v, list) or any(isinstance(o, bool) or not isinstance(o, (int,float)) or not abs(o)<1e9 for o in v):
-        raise ScheduleError(f"{what} is not a list of finite numbers: fix the file, or save the schedule again")
+        raise ScheduleError(f"{what} must hold finite numbers below a billion and nothing else: fix the file, or save the schedule again")
     return [float(o) for o in v]
 
 def _read(fname) -> dict:

@@ -37,7 +37,7 @@ from . import resume as resuming
 # chkstyle: skip - all events stand in one class, in the order in which they fire
 class HBACallback(PolicyCallback):
     "Hypernetwork-Based Augmentation: learn by gradient, within one fit, how strongly each image operation should act at each moment"
-    attached,goes_on = False,True # Is the search in place?
+    attached,goes_on,told = False,True,None # Is the search in place? What the user was told of its layers
     _stateattrs = *PolicyCallback._stateattrs,'searched','stream','bound'
     searched,stream,bound = None,None,None # The model that was searched with; the target batches and the policies for these data, while a fit lasts
     hyper_data = property(lambda self: self.valid if self.target is None else self.target) # What the hyper-steps read
@@ -224,7 +224,7 @@ def begin(self:HBACallback, reason:str):
     if not self.points:
         self.note(self.learn.epoch)
         shows = self.learn.logger is not noop and (hasattr(self.learn, 'progress') or self.learn.logger is print)
-        if shows and not rank_distrib(): print(f"The search responds in {reason}")
+        if shows and reason!=self.told and not rank_distrib(): print(f"The search responds in {reason}")
     self.attached = True
 
 # %% ../nbs/07_search.ipynb #c5963e06
@@ -264,7 +264,7 @@ def plain_network(self:HBACallback):
 # %% ../nbs/07_search.ipynb #1af1000a
 @patch
 def schedule_so_far(self:HBACallback) -> Schedule:
-    at,lam = zip(*self.points)
+    at,lam = zip(*self.clock.with_corners(self.points))
     p,total = self.policies,self.course.total
     return Schedule([a/total for a in at], p.space.values(torch.stack(lam)), self.sigma, {**self.provenance, 'epochs': total},
                     p.skip, self.inactive, p.limits, {part.name: part.space for part in p.parts})

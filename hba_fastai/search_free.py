@@ -120,6 +120,7 @@ class RandAugment(SearchFree):
         self.slots,self.m,self.p = n,m,p
         self.register_buffer('choices', torch.tensor(CHOICES), persistent=False)
 
+    def extra_repr(self): return f'n={self.slots}, m={self.m}, p={self.p:g}'
     def draw(self, v:Values, generator:torch.Generator) -> Draw:
         which,direction,*coin = self.uniform(v, 2+(self.p<1), generator)
         op = self.choices[choice(which, len(CHOICES))]

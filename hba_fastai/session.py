@@ -149,7 +149,8 @@ def kept(hba, out):
     except BrokenPipeError: raise # of stdout
     except OSError as e: raise CliError(words(e)) from None # it may be the disk of `out`
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Stopped: {where() or 'no hyper-step had moved the schedule, so none was written'}") from None
+        goes_on = f'; the same command goes on from {hba.checkpoint}' if hba.checkpoint and Path(hba.checkpoint).exists() else ''
+        raise KeyboardInterrupt(f"Stopped: {where() or 'no hyper-step had moved the schedule, so none was written'}{goes_on}") from None
     except (ValueError,TypeError,ArithmeticError) as e: raise CliError(words(e)+also()) from None
     except torch.cuda.OutOfMemoryError:
         raise CliError("The memory of the GPU is too small for this: give a smaller --bs or --size"+also()) from None

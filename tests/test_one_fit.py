@@ -63,7 +63,8 @@ def test_no_leak():
     lams = [l for *_,l in late]
     first = mixed.index(True)
     assert not torch.equal(lams[0], lams[first]) and all(torch.equal(l, lams[first]) for l in lams[first:]) and torch.equal(hba.lam.value, lams[first])
-    assert torch.equal(hba.schedule.table[3], hba.schedule.table[5]) and not torch.equal(hba.schedule.table[1], hba.schedule.table[3])
+    at = hba.schedule.at
+    assert torch.equal(at(0), at(0.3)) and not torch.equal(at(0.3), at(0.6)) and torch.equal(at(0.6), at(1))
 
 def test_fine_tune_is_one_course():
     "The share counts over both fits: 1 + 4 epochs, of which the last two have target images"

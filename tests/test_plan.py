@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from fastai.callback.training import GradientAccumulation
 from conftest import small_learner
 from hba_fastai.all import HBACallback
 from hba_fastai.plan import n_hyper_steps
@@ -37,7 +38,8 @@ def test_nothing_of_the_learner_changes():
 
 def test_it_refuses_what_the_fit_would():
     learn = small_learner()
-    with pytest.raises(ValueError, match='must be 1 or more'): HBACallback().plan(learn, 0)
+    for epochs in (0,2.5,'x'):
+        with pytest.raises(ValueError, match='must be a whole number of 1 or more'): HBACallback().plan(learn, epochs)
     with pytest.raises(ValueError, match="strategy 'first_lstm' is unknown"): HBACallback(strategy='first_lstm').plan(learn, 3)
 
 def test_a_search_too_short_is_told(capsys):
@@ -45,3 +47,22 @@ def test_a_search_too_short_is_told(capsys):
     assert n_hyper_steps(HBACallback(), 10)==2
     HBACallback().plan(learn, 1)
     assert '2 hyper-steps cannot make an operation stand out' in capsys.readouterr().out
+
+def test_gradient_accumulation_and_the_best_of_a_population(capsys):
+    "Hyper-steps count optimizer steps, of which there are fewer; what takes the best has no rate"
+    learn,hba = small_learner(cbs=GradientAccumulation(50)),HBACallback(exploit='best', seed=0) # a step every third batch
+    p = hba.plan(learn, 6)
+    said = capsys.readouterr().out
+    assert 'one every 4 optimizer steps' in said and 'each to the best of 3 policies' in said and 'rate' not in said
+    with learn.no_bar(), learn.no_logging(): learn.fit(6, 1e-3, cbs=hba)
+    assert hba.clock.n_steps(10/3, 6)==pytest.approx(p['hyper_steps'], abs=1) and p['batches']==60
+
+def test_what_was_planned_is_not_said_again(capsys):
+    learn,hba = small_learner(),HBACallback(seed=0)
+    learn.logger = print
+    hba.plan(learn, 1)
+    capsys.readouterr()
+    learn.fit(1, 1e-3, cbs=hba)
+    assert 'responds in' not in capsys.readouterr().out
+    learn.fit(1, 1e-3, cbs=HBACallback(seed=0))
+    assert 'responds in' in capsys.readouterr().out

@@ -47,7 +47,7 @@ BAD = {'not json': (lambda d: '{"format": ', 'not JSON'), 'no schedule': (lambda
        'no version': (lambda d: {k:v for k,v in d.items() if k!='version'}, 'version None'),
        'missing': (lambda d: change(d, values={k:v for k,v in d['values'].items() if k!='Rotate_0.m'}), "lacks hyperparameters, 'Rotate_0.m'"),
        'unknown': (lambda d: change(d, values={**d['values'], 'Rotate_2.m': [1,2,3]}), "unknown hyperparameters, 'Rotate_2.m'"),
-       'nan': (lambda d: value(d, [0.1,float('nan'),0.1]), 'Invert_1.p` is not a list of finite numbers'),
+       'nan': (lambda d: value(d, [0.1,float('nan'),0.1]), 'Invert_1.p` must hold finite numbers'),
        'infinite': (lambda d: value(d, [0.1,float('inf'),0.1]), 'finite'),
        'text': (lambda d: value(d, [0.1,'0.2',0.1]), 'finite numbers'),
        'huge': (lambda d: value(d, [0.1,10**400,0.1]), 'finite numbers'), 'range': (lambda d: value(d, [0.1,1.2,0.1]), 'Invert_1.p has a value outside'),

@@ -153,7 +153,7 @@ def test_the_same_object_on_a_model_of_other_widths():
     first,other = hba.schedule,small_learner(model=torch.nn.Sequential(torch.nn.Conv2d(3,5,3), torch.nn.BatchNorm2d(5),
         torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(5,10)))
     with pytest.warns(UserWarning, match='a new search begins'): other.fit(2, cbs=hba)
-    assert hba.schedule is other.hba_schedule and learn.hba_schedule is first and hba.schedule.progress.tolist()==[0,0.5,1]
+    assert hba.schedule is other.hba_schedule and learn.hba_schedule is first and hba.schedule.progress.tolist()==[0,0.3,0.5,1]
 
 @pytest.mark.parametrize('pair', [(HBACallback,HBACallback), (HBACallback,lambda: ScheduleCallback(start_schedule())),
                                   (lambda: ScheduleCallback(start_schedule()),)*2])

@@ -1,6 +1,6 @@
-"""The built site, as a browser sees it: `python tools/docs.py && pytest tests/docs`; not a part of the usual run, because it needs
+"""The built site and the report of a search, as a browser sees them: `python tools/docs.py && pytest tests/docs`; not a part of the usual run, because it needs
 Chromium (`apt-get install chromium`, or `playwright install chromium`)"""
-import functools,http.server,shutil,threading
+import functools,http.server,shutil,subprocess,sys,threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote,urlsplit
@@ -51,7 +51,7 @@ def tab(browser, url):
     tab.on('console', lambda m: m.type=='error' and tab.wrong.append(m.text))
     tab.on('pageerror', lambda e: tab.wrong.append(str(e)))
     tab.on('requestfailed', lambda r: tab.wrong.append(f'failed: {r.url}'))
-    tab.on('request', lambda r: r.url.startswith((url,'data:','blob:')) or tab.wrong.append(f'leaves the site: {r.url}'))
+    tab.on('request', lambda r: r.url.startswith((url,'data:','blob:','file:')) or tab.wrong.append(f'leaves the site: {r.url}'))
     yield tab
     assert tab.wrong==[]
     tab.close()
@@ -115,3 +115,23 @@ def test_the_slider_moves(tab, url):
     first = src()
     tab.fill('.slider input', '19')
     assert src()!=first and tab.inner_text('.slider output')=='100%'
+
+# --- the report of a search
+
+@pytest.fixture(scope='module')
+def report(tmp_path_factory):
+    "Where the last lines of `hba_search` say that the report is"
+    run = [sys.executable,'-c','from hba_fastai.cli import hba_search; hba_search()','--epochs','4']
+    folder = tmp_path_factory.mktemp('search')
+    said = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return folder/next(line for line in said.splitlines() if line.startswith('Report:')).split()[1]
+
+@pytest.mark.parametrize('width', WIDTHS)
+def test_the_report_of_a_search_opens(width, tab, report):
+    tab.set_viewport_size(dict(width=width, height=900))
+    file = report.as_uri()
+    tab.on('request', lambda r: r.url.startswith((file,'data:')) or tab.wrong.append(f'asks for {r.url}'))
+    tab.goto(file, wait_until='networkidle')
+    assert 'Contrast' in tab.inner_text('body') and tab.locator('img').count()>=3
+    assert tab.evaluate("[...document.images].filter(o => !o.naturalWidth).length")==0
+    assert tab.evaluate('document.documentElement.scrollWidth')<=width
