@@ -46,4 +46,4 @@ def test_the_python_blocks_run(tmp_path, monkeypatch):
     names = dict(path=tmp_path/'lab', Noise=Noise)
     assert len(BLOCKS)>=4
     for block in BLOCKS: exec(shorter(block), names)
-    assert len(Schedule.load('schedule.json'))==4
+    assert len(Schedule.load('schedule.json'))==5 # the start, where λ begins to move, three ends of epochs

@@ -1,5 +1,5 @@
 "What a reader may rely on: no long lines, no long modules, and no name that pytest would take for a test"
-import json
+import ast,json,re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,3 +22,14 @@ def test_no_module_is_longer_than_300_lines(): assert [(f.name,len(code_of(f))) 
 def test_no_name_in_the_package_looks_like_a_test():
     "`from hba_fastai.x import *` in somebody's test file would make a test of it"
     assert [(where,l) for f in MODULES for where,l in code_of(f) if l.lstrip().startswith(('def test','class Test'))]==[]
+
+def test_nothing_opens_a_connection():
+    "SECURITY.md says so: no module imports what could"
+    network = 'socket','urllib','http','requests','ftplib','smtplib','fastdownload','huggingface_hub'
+    of = lambda node: [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ''] if isinstance(node, ast.ImportFrom) else []
+    imported = [(f.name,name) for f in MODULES for node in ast.walk(ast.parse(f.read_text())) for name in of(node)]
+    assert len(imported)>100 and [o for o in imported if o[1].split('.')[0] in network]==[]
+
+def test_the_version_has_one_place():
+    says = lambda f: f.is_file() and re.search(r'(?m)^ *(__)?version(__)? *=  *.?\d', f.read_text())
+    assert [f.name for f in [*ROOT.glob('*.*'),*MODULES] if says(f)]==['__init__.py']
