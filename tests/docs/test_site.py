@@ -6,6 +6,8 @@ from pathlib import Path
 from urllib.parse import unquote,urlsplit
 import pytest
 from playwright.sync_api import sync_playwright
+from hba_fastai.all import PBASpace,Schedule
+from hba_fastai.cli import hba_show
 
 SITE = Path(__file__).parents[2]/'_docs'
 PAGES = sorted(f.name for f in SITE.glob('*.html') if f.name!='404.html') # which GitHub serves from any depth
@@ -135,3 +137,12 @@ def test_the_report_of_a_search_opens(width, tab, report):
     assert 'Contrast' in tab.inner_text('body') and tab.locator('img').count()>=3
     assert tab.evaluate("[...document.images].filter(o => !o.naturalWidth).length")==0
     assert tab.evaluate('document.documentElement.scrollWidth')<=width
+
+def test_what_a_stranger_wrote_is_text(tab, tmp_path):
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    space = PBASpace()
+    Schedule([0.], space.values(space.start())[None], provenance={evil: evil}).save(tmp_path/'s.json')
+    hba_show.__wrapped__(tmp_path/'s.json', html=tmp_path/'s.html')
+    tab.on('dialog', lambda d: (tab.wrong.append(d.message), d.dismiss()))
+    tab.goto((tmp_path/'s.html').as_uri(), wait_until='networkidle')
+    assert tab.text_content('body').count(evil)>=2 and tab.locator('script').count()==0
