@@ -5,7 +5,6 @@ Two of its accidents are left out: the start of `cutlength` (4, but in fact 3.84
 """
 import json
 import torch
-import torch.nn.functional as F
 from torch import nn
 from fastai.callback.core import Callback,CancelFitException
 from fastai.vision.augment import hsv2rgb,rgb2hsv
