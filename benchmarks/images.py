@@ -75,7 +75,7 @@ def imagenet_120(where, n_train=16_000, size=32):
 READERS = {'CIFAR-10': lambda w: cifar_of(datasets.CIFAR10, w), 'CIFAR-100': lambda w: cifar_of(datasets.CIFAR100, w), 'SVHN': svhn,
            'SVHN-core': svhn_core, 'ImageNet-120': imagenet_120}
 
-@lru_cache(1)
+@lru_cache(2)
 def read(data, where):
     "The images of `data`, or an end with one sentence"
     if where.folder=='fake': return fake(data.removesuffix('-core'))

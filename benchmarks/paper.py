@@ -117,19 +117,17 @@ def fit(learn, s, cb, files, *more) -> dict:
     took = measured.measured()
     return dict(seconds=round(took['seconds'], 2), memory=round(took['mib'], 2), images_seen=s.epochs*len(learn.dls.train)*s.bs)
 
-def loss_and_error(learn, dl) -> tuple:
-    "Mean loss, and error in percent, of the model on `dl`"
-    model,loss,wrong,n = learn.model.eval(),0.,0,0
-    with torch.no_grad():
-        for xb,yb in dl:
-            y,out = yb.as_subclass(torch.Tensor),model(xb.as_subclass(torch.Tensor))
-            loss += learn.loss_func(out, y).item()*len(y)
-            wrong,n = wrong+(out.argmax(1)!=y).sum().item(),n+len(y)
-    return loss/n,100*wrong/n
-
 def judged(learn, i, prefix='') -> dict:
-    loss,error = loss_and_error(learn, learn.dls[i])
-    return {f'{prefix}loss': round(loss, 5), f'{prefix}error': round(error, 3)}
+    "Mean loss and error in percent of the model on the loader `i`, and the top-5 error on ImageNet"
+    model,loss,wrong,wrong5,n = learn.model.eval(),0.,0,0,0
+    with torch.no_grad():
+        for xb,yb in learn.dls[i]:
+            y,out = yb.as_subclass(torch.Tensor),model(xb.as_subclass(torch.Tensor))
+            five = out.topk(5).indices==y[:,None]
+            loss,n = loss+learn.loss_func(out, y).item()*len(y),n+len(y)
+            wrong,wrong5 = wrong+(~five[:,0]).sum().item(),wrong5+(~five.any(1)).sum().item()
+    top5 = {f'{prefix}top5_error': round(100*wrong5/n, 3)} if len(learn.dls.vocab)==1000 else {}
+    return {f'{prefix}loss': round(loss/n, 5), f'{prefix}error': round(100*wrong/n, 3), **top5}
 
 def search(row, s, where, scale, seed, files) -> dict:
     "The search of a row: its figures; its schedule is saved"

@@ -113,7 +113,7 @@ def rows_4():
         'cifar100_shake-shake-26-2x96d': ('15.35 ± 0.38','17.1 16.0 14.3 15.3 14.9 - 15.3'),
         'cifar100_pyramidnet-shakedrop': ('12.10 ± 0.14','14.0 12.2 10.7 10.9 11.9 - 11.2'),
         'svhn_wrn-28-10': ('1.11 ± 0.02','1.5 1.3 1.1 1.2 1.1 1.0 1.2'), 'svhn_shake-shake-26-2x96d': ('1.05 ± 0.03','1.4 1.2 1.0 1.1 - - 1.1'),
-        'imagenet_resnet-50': ('22.11 ± 0.10','23.7 - 22.4 - 22.4 22.4 22.5')}
+        'imagenet_resnet-50': ('22.11 ± 0.10 (top-5: 6.17 ± 0.05)','23.7 - 22.4 - 22.4 22.4 22.5')}
     proxy = {'cifar10': 'reduced_cifar10', 'cifar100': 'reduced_cifar10', 'svhn': 'reduced_svhn', 'imagenet': 'reduced_imagenet'}
     return {k: Row(proxy[k.split('_')[0]], k, error, '', base.format(*others.split())) for k,(error,others) in published.items()}
 
@@ -145,14 +145,20 @@ def lines_of(scale, folder=RESULTS/'paper') -> list:
     f = folder/f'{scale}.jsonl'
     return [json.loads(l) for l in f.read_text().splitlines()] if f.exists() else []
 
-def of_row(row, lines, data=None) -> dict: # the results of a row: {'search': [...], 'training': [...]}, and where it is judged
-    mine = [l for l in lines if l['search']==row.search and data in (None,l['data'])]
+def of_row(row, lines) -> dict: # {'search': lines, 'training': lines}
+    "The results of a row"
+    mine = [l for l in lines if l['search']==row.search]
     return {part: [l for l in mine if l['part']==part and (part=='search' or l['training']==row.training)] for part in ('search','training')}
 
 def spread(v) -> str:
     "Mean ± standard deviation, and the number of runs"
     if not v: return ''
     return f"{statistics.mean(v):.2f}" + (f" ± {statistics.stdev(v):.2f} (n={len(v)})" if len(v)>1 else ' (n=1)')
+
+def errors_of(r) -> str:
+    "Errors after the search, and after the training"
+    names = {'search': 'searched','training': 'replayed'}
+    return '; '.join(f"{names[part]} {spread([l['error'] for l in lines])}" for part,lines in r.items() if lines)
 
 # Seconds of a training on one V100 per million images, with a search of first_bn 1.6 times that: the WRNs by Table 10's hours, others by
 # multiplications at the rate of WRN-28-10; ResNet-50 at 400 images/s
@@ -171,26 +177,28 @@ def hours_of_row(row) -> float:
     training = hours(TRAININGS[row.training]) if row.training else 0.
     return SEEDS*(float(row.hours or hours(SEARCHES[row.search], True)) + training)
 
+def state_of(row, whole, few) -> str:
+    "Reproduced, in small, or not yet"
+    judged = 'training' if row.training else 'search'
+    n = len([l for l in whole[judged] if not l['data'].endswith('JPEG')]) # another data set, however alike, is no reproduction
+    state = f'**reproduced**, {n} of {SEEDS} seeds' if n else 'in full, on CIFAR-10 as JPEG' if whole[judged] else 'in small' if few['search'] else 'not yet'
+    return state if n>=SEEDS else f'{state}; in full about {hours_of_row(row):,.0f} GPU hours'
+
 def compared(table:str, folder=RESULTS/'paper') -> str:
     "A table of the paper beside ours, as Markdown"
-    caption,rows = TABLES[table]
     full,small = lines_of('full', folder),lines_of('small', folder)
-    out = ['| row | published: error % | published: GPU hours of a search | ours, in full | ours, in small: error % after search; after replay '
-           '| search ÷ training | state |', '| --- | --- | --- | --- | --- | --- | --- |']
-    for name,row in rows.items():
+    columns = 'row','published: error %','published: GPU hours of a search','ours, in full: error %','ours, in small: error %','seconds; MiB; search ÷ training','state'
+    out = [f"| {' | '.join(columns)} |", f"|{' --- |'*len(columns)}"]
+    for name,row in TABLES[table][1].items():
         whole,few = (of_row(row, l) for l in (full,small))
-        errors = lambda r,part: spread([l['error'] for l in r[part]])
-        both = lambda r: '; '.join(errors(r, part) for part in ('search','training') if r[part])
-        ratio = seconds_ratio(few) or seconds_ratio(whole)
-        done = len(whole['training' if row.training else 'search'])
-        state = f'reproduced with {done} of {SEEDS} seeds' if done else 'reproduced in small' if few['training'] or few['search'] else 'not yet'
-        if done<SEEDS: state += f'; in full about {hours_of_row(row):,.0f} GPU hours'
-        out.append(f"| `{name}` | {row.error} | {row.hours} | {both(whole)} | {both(few)} | {ratio} | {state} |")
-    folder_of = '--data FOLDER [--download]'
-    return '\n'.join([*out, '', f'Each row: `python benchmarks/paper.py --table {table} --row ROW {folder_of}`; in small: `--scale small --data jpeg`.'])
+        published = '; '.join(o for o in (row.error and f'**{row.error}**',row.others) if o)
+        out.append(f"| `{name}` | {published} | {row.hours} | {errors_of(whole)} | {errors_of(few)} | {cost_of(few)} | {state_of(row, whole, few)} |")
+    return '\n'.join([*out, '', f'`python benchmarks/paper.py --table {table} --row ROW --data FOLDER [--download]`, in small with `--scale small --data jpeg`.'])
 
-def seconds_ratio(r) -> str:
-    "Seconds of a search over those of a training, per training image"
-    if not (r['search'] and r['training']): return ''
-    mean = lambda part: statistics.mean(l['seconds']/l['images_seen'] for l in r[part])
-    return f"{mean('search')/mean('training'):.2f}"
+def cost_of(r) -> str:
+    "Of a search: its seconds, what it holds for a backward pass, and its seconds per image over those of the training"
+    if not r['search']: return ''
+    mean = lambda part,f: statistics.mean(f(l) for l in r[part])
+    each = lambda part: mean(part, lambda l: l['seconds']/l['images_seen'])
+    ratio = f"; {each('search')/each('training'):.2f}" if r['training'] else ''
+    return f"{mean('search', lambda l: l['seconds']):.0f} s; {mean('search', lambda l: l['memory']):.0f} MiB{ratio}"
