@@ -173,8 +173,9 @@ def append(file, line):
 def run(row, where, scale, seeds, out, work):
     "What is missing of a row"
     for seed in seeds:
-        for part,f,settings,training_of in (('search',search,SEARCHES[row.search],None),('training',training,row.training and TRAININGS[row.training],row.training)):
-            if not settings: continue
+        parts = [('search',search,SEARCHES[row.search],None)]
+        if row.training: parts.append(('training',training,TRAININGS[row.training],row.training))
+        for part,f,settings,training_of in parts:
             what = dict(part=part, search=row.search, training=training_of, seed=seed, data=where.name(settings.data))
             if any(what.items()<=l.items() for l in lines_of(scale, out)): continue
             s,files = scaled(settings, scale),Files(out, work, scale, row.search, training_of, seed, where.name(settings.data))

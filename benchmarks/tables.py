@@ -180,20 +180,21 @@ def hours_of_row(row) -> float:
 def state_of(row, whole, few) -> str:
     "Reproduced, in small, or not yet"
     judged = 'training' if row.training else 'search'
-    n = len([l for l in whole[judged] if not l['data'].endswith('JPEG')]) # another data set, however alike, is no reproduction
+    n = sum(not l['data'].endswith('JPEG') for l in whole[judged]) # another data set, however alike, is no reproduction
     state = f'**reproduced**, {n} of {SEEDS} seeds' if n else 'in full, on CIFAR-10 as JPEG' if whole[judged] else 'in small' if few['search'] else 'not yet'
     return state if n>=SEEDS else f'{state}; in full about {hours_of_row(row):,.0f} GPU hours'
 
 def compared(table:str, folder=RESULTS/'paper') -> str:
     "A table of the paper beside ours, as Markdown"
     full,small = lines_of('full', folder),lines_of('small', folder)
-    columns = 'row','published: error %','published: GPU hours of a search','ours, in full: error %','ours, in small: error %','seconds; MiB; search ÷ training','state'
+    columns = ['row','published: error %','published: GPU hours of a search','ours, in full: error %','ours, in small: error %',
+               'seconds; MiB; search ÷ training','state']
     out = [f"| {' | '.join(columns)} |", f"|{' --- |'*len(columns)}"]
     for name,row in TABLES[table][1].items():
         whole,few = (of_row(row, l) for l in (full,small))
         published = '; '.join(o for o in (row.error and f'**{row.error}**',row.others) if o)
         out.append(f"| `{name}` | {published} | {row.hours} | {errors_of(whole)} | {errors_of(few)} | {cost_of(few)} | {state_of(row, whole, few)} |")
-    return '\n'.join([*out, '', f'`python benchmarks/paper.py --table {table} --row ROW --data FOLDER [--download]`, in small with `--scale small --data jpeg`.'])
+    return '\n'.join([*out, '', f'`python benchmarks/paper.py --table {table} --row ROW --data FOLDER`, in small with `--scale small --data jpeg`.'])
 
 def cost_of(r) -> str:
     "Of a search: its seconds, what it holds for a backward pass, and its seconds per image over those of the training"
@@ -202,3 +203,46 @@ def cost_of(r) -> str:
     each = lambda part: mean(part, lambda l: l['seconds']/l['images_seen'])
     ratio = f"; {each('search')/each('training'):.2f}" if r['training'] else ''
     return f"{mean('search', lambda l: l['seconds']):.0f} s; {mean('search', lambda l: l['memory']):.0f} MiB{ratio}"
+
+# --- what the paper concludes: a row against its reference, seed by seed
+
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78} # 97.5% quantiles, by degrees of freedom
+
+def interval(v) -> tuple:
+    "Mean and half of the 95% interval; infinite for one number"
+    half = STUDENT[min(len(v)-1, 4)]*statistics.stdev(v)/len(v)**0.5 if len(v)>1 else float('inf')
+    return statistics.mean(v),half
+
+def reference(table, row) -> str:
+    "What a row is compared with: the strategy first_bn, σ = 1, the search on the proxy"
+    return row.replace('target', 'proxy') if table=='5' else re.match(r'(.*wrn-\d+-\d+)_', row)[1] + ('_1' if table=='sigma' else '_first_bn')
+
+def paired(row, other, lines) -> list:
+    "Differences of the errors after the training, seed by seed"
+    a,b = ({l['seed']: l['error'] for l in of_row(r, lines)['training']} for r in (row,other))
+    return [a[k]-b[k] for k in sorted(a.keys() & b.keys())]
+
+def agrees(ours:tuple, theirs:float) -> str:
+    "Does our interval hold their difference, or exclude it?"
+    d,half = ours
+    return 'undecided: the interval holds 0 and theirs' if abs(d)<=half and abs(d-theirs)<=half else 'as published' if abs(d-theirs)<=half \
+        else 'not as published' if abs(d)>half else 'no difference where the paper has one'
+
+def contrasts(table, scale='small', folder=RESULTS/'paper') -> str:
+    "The rows of a table less their references, published and ours, as Markdown"
+    rows,lines = TABLES[table][1],lines_of(scale, folder)
+    out = ['| row less its reference | published: error; time ÷ | ours, replayed: error (95% interval, seeds) | search seconds ÷ | MiB ÷ | |',
+           '| --- | --- | --- | --- | --- | --- |']
+    number = lambda o: float(o.split()[0]) if o else None
+    for name,row in rows.items():
+        other = rows[reference(table, name)]
+        v = paired(row, other, lines) if other is not row else []
+        if not v: continue
+        d,theirs = interval(v),number(row.error)-number(other.error) if row.error else None
+        time = f'; {number(row.hours)/number(other.hours):.2f}' if row.hours else ''
+        mean = lambda r,k: statistics.mean(l[k] for l in of_row(r, lines)['search'])
+        ratios = [f'{mean(row, k)/mean(other, k):.2f}' for k in ('seconds','memory')]
+        published = 'none' if theirs is None else f'{theirs:+.2f}{time}'
+        says = '' if theirs is None else agrees(d, theirs)
+        out.append(f"| `{name}` | {published} | {d[0]:+.2f} ± {d[1]:.2f} ({len(v)}) | {' | '.join(ratios)} | {says} |")
+    return '\n'.join(out) if len(out)>2 else f'No differences yet: the rows of Table {table} have not been run with `--scale {scale}`.'

@@ -174,11 +174,13 @@ def test_list_names_every_row(monkeypatch, capsys):
     (['--table','4'], '--table, --row and --data'), (['--table','4','--row','cifar10','--data','x'], "has no row 'cifar10': use one of cifar10_wrn-40-2"),
     (['--table','4','--row','cifar10_wrn-40-2','--data','/nowhere'], '/nowhere is no folder: give the one that holds CIFAR-10, or add --download'),
     (['--table','3','--row','reduced_svhn','--data','jpeg'], 'stands in for CIFAR-10, and this row needs SVHN'),
-    (['--table','3','--row','reduced_svhn','--data','{here}'], 'SVHN-core is not in'), (['--table','3','--row','reduced_cifar10','--data','{here}'], 'CIFAR-10 is not in'),
+    (['--table','3','--row','reduced_svhn','--data','{here}'], 'SVHN-core is not in'),
+    (['--table','3','--row','reduced_cifar10','--data','{here}'], 'CIFAR-10 is not in'),
     (['--table','3','--row','reduced_imagenet','--data','{here}'], 'no folder `train`')])
 def test_errors_are_one_sentence(words, says, monkeypatch, tmp_path):
     (tmp_path/'data').mkdir()
-    with pytest.raises(SystemExit) as e: command(monkeypatch, *[w.format(here=tmp_path/'data') for w in words], '--out', str(tmp_path/'out'), '--work', str(tmp_path))
+    words = [w.format(here=tmp_path/'data') for w in (*words,'--out','{here}/../out','--work','{here}/..')]
+    with pytest.raises(SystemExit) as e: command(monkeypatch, *words)
     assert says in e.value.code and '\n' not in e.value.code and not (tmp_path/'out').exists()
 
 def test_ours_beside_the_published(tmp_path):
@@ -194,6 +196,20 @@ def test_ours_beside_the_published(tmp_path):
     assert 'in full, on CIFAR-10 as JPEG' in row()
     write('full', *[line('training', i, 'CIFAR-10') for i in range(2)])
     assert 'replayed 4.50 ± 0.71 (n=2)' in row() and '**reproduced**, 2 of 5 seeds' in row()
+
+def test_a_strategy_against_the_first_batch_norm(tmp_path):
+    "Differences are taken seed by seed, and the interval says whether they are the paper's"
+    def lines(strategy, errors, seconds):
+        name = f'ablation_cifar10_wrn-40-2_{strategy}'
+        name_of = dict(search=None, training=f'again_{name}')
+        line = lambda part,i,e: dict(part=part, search=name, training=name_of[part], seed=i, error=e, seconds=seconds, memory=1.)
+        return [line(part, i, e) for i,e in enumerate(errors) for part in ('search','training')]
+    done = [*lines('first_bn', (30,32,31), 10.), *lines('conv', (29.9,31.95,30.9), 20.), *lines('bn', (33,35,34.1), 15.)]
+    (tmp_path/'small.jsonl').write_text(''.join(json.dumps(l)+'\n' for l in done))
+    said = tables.contrasts('10', folder=tmp_path)
+    assert '| `cifar10_wrn-40-2_conv` | -0.08; 1.76 | -0.08 ± 0.07 (3) | 2.00 | 1.00 | as published |' in said
+    assert '+3.03 ± 0.14 (3) | 1.50 | 1.00 | not as published |' in said
+    assert 'No differences yet' in tables.contrasts('5', folder=tmp_path)
 
 def test_the_statements_of_figure_4():
     "A schedule as the paper draws it, and one that does all otherwise"
