@@ -141,7 +141,7 @@ def transforms(s, mean, std, size) -> list:
 def loaders(s, where, scale, seed, device=None):
     "`DataLoaders` of a setting: training images, those of the hyper-steps if there are any, those that it is judged by"
     if s.data=='ImageNet' and where.folder!='fake': return imagenet(s, where, scale, seed, device)
-    size = IMAGENET_SIZE[scale] if s.data=='ImageNet' else SIZE[scale]
+    size = IMAGENET_SIZE[scale] if s.data=='ImageNet' else 32 if s.model=='AlexNet' else SIZE[scale] # STN's network needs 32
     core = s.data=='SVHN' and s.n_valid and where.folder!='fake'
     sets = [(small(x, size) if x.shape[-1]!=size else x,y) for x,y in split(read('SVHN-core' if core else s.data, where), s, seed)]
     level = sets[0][0][:50_000].float()/255

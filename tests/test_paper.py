@@ -53,6 +53,18 @@ def test_two_steps_of_a_row(name, out, imagenet, tmp_path):
     if s.schedule!='stn': assert (schedule.table[0]!=schedule.table[1]).any() # there was a hyper-step; STN's waits for five epochs
     assert not any(tmp_path.iterdir())
 
+SMALL = ['4 '+name for name in tables.TABLES['4'][1]]+['6 hba']
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore:The schedule was found beside:UserWarning')
+@pytest.mark.parametrize('name', SMALL)
+def test_two_steps_of_a_row_in_small(name, imagenet, tmp_path, monkeypatch):
+    "The networks, precision and sizes of the small scale"
+    monkeypatch.setattr(paper, 'scaled', lambda s, scale: s._replace(bs=4, n_train=8, n_valid=8*bool(s.n_valid), epochs=1, hlr=None))
+    where = images.Where(imagenet if 'imagenet' in ROWS[name].search else 'fake')
+    paper.run(ROWS[name], where, 'small', [0], tmp_path, tmp_path/'work')
+    assert all(math.isfinite(l['loss']) and l['hlr' if l['part']=='search' else 'error'] for l in tables.lines_of('small', tmp_path))
+
 # --- the settings
 
 def test_the_rates_of_table_8_move_lambda_equally_far():
