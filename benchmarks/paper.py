@@ -12,6 +12,7 @@ of hyper-steps. Results are lines of results/paper/SCALE.jsonl, schedules lie be
 finished is not done again, and the rest goes on behind its last epoch.
     part, search, training, seed      what was done
     data                              what the images were; 'CIFAR-10 as JPEG' stands in for CIFAR-10
+    precision                         'bfloat16' (autocast) in small, and in full without a GPU; else 'float32'
     error, loss                       on the test images, or in the ablations on Val
     valid_error, valid_loss           of a search: on the images of its hyper-steps, which it has seen
     seconds, images_seen              of the fit, without validation but in Table 6: CPU seconds of one thread, or seconds with a GPU
@@ -27,7 +28,7 @@ from fastai.callback.all import *
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from common import NoValid,clock,environment,quiet
+from common import Bfloat16,NoValid,clock,environment,quiet
 from images import Where,loaders
 from models import MODELS
 from stn import Dropout,STNPolicy,STNRule
@@ -58,14 +59,16 @@ class Measured(Callback):
     def __init__(self, file): self.file = file
     def before_fit(self):
         self.before = json.loads(self.file.read_text()) if self.file.exists() else dict(seconds=0., mib=0.)
-        self.held,self.hooks,self.began = Held(),ExitStack(),clock()
+        self.held,self.hooks,self.began,self.epochs = Held(),ExitStack(),clock(),0
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     def before_batch(self):
         if self.training and not (torch.cuda.is_available() or self.held.most):
             self.hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self.held.keep, lambda t: t))
     def before_backward(self): self.stop()
     def after_fit(self): self.stop()
-    def after_epoch(self): self.file.write_text(json.dumps(self.measured()))
+    def after_epoch(self):
+        self.epochs = self.epoch+1
+        self.file.write_text(json.dumps(self.measured()))
     def stop(self):
         self.hooks.close()
         self.held.end()
@@ -104,6 +107,7 @@ def learner(s, where, scale, seed):
     set_seed(seed)
     dls = loaders(s, where, scale, seed)
     net = getattr(MODELS[s.model], 'small' if scale=='small' else 'full')(len(dls.vocab))
+    if scale=='full' and not torch.cuda.is_available(): net = Bfloat16(net) # less than half of the time on a processor with AMX
     learn = Learner(dls, net.to(dls.device), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=s.wd, wd_bn_bias=True)
     learn.remove_cb(ProgressCallback); learn.logger = quiet
     return learn
@@ -115,7 +119,9 @@ def fit(learn, s, cb, files, *more) -> dict:
            [NoValid(), ParamScheduler({'lr': SchedCos(s.lr, 0.) if s.schedule=='cosine' else partial(at_steps, s.lr)})]
     learn.fit(s.epochs, s.lr, cbs=[cb, *rule, *more, measured])
     took = measured.measured()
-    return dict(seconds=round(took['seconds'], 2), memory=round(took['mib'], 2), images_seen=s.epochs*len(learn.dls.train)*s.bs)
+    precision = 'bfloat16' if isinstance(learn.model, Bfloat16) else 'float32'
+    seen = measured.epochs*len(learn.dls.train)*s.bs # STN's rule may end earlier
+    return dict(precision=precision, seconds=round(took['seconds'], 2), memory=round(took['mib'], 2), images_seen=seen)
 
 def judged(learn, i, prefix='') -> dict:
     "Mean loss and error in percent of the model on the loader `i`, and the top-5 error on ImageNet"

@@ -10,10 +10,10 @@ from hba_fastai.schedule import Schedule
 from hba_fastai.space import PBASpace
 
 BENCHMARKS = Path(__file__).parents[1]/'benchmarks'
-ROOMS = 'common','figure4','images','models','paper','stn','surcharge','tables'
+ROOMS = 'common','controls','figure4','images','models','paper','stn','surcharge','tables'
 
 sys.path.insert(0, str(BENCHMARKS))
-try: import figure4,images,models,paper,stn,tables
+try: import controls,figure4,images,models,paper,stn,tables
 finally:
     sys.path.remove(str(BENCHMARKS))
     for room in ROOMS: sys.modules.pop(room, None)
@@ -233,3 +233,11 @@ def test_the_statements_of_figure_4():
     theirs = schedule(lambda t: spread, lambda t: torch.tensor(0.1+0.4*min(t/0.2, 1)-0.1*max(t-0.2, 0)))
     other = schedule(lambda t: (spread if t<0.5 else spread.flip(0))**2, lambda t: torch.tensor(0.2+0.5*t))
     assert all(ok for _,ok in figure4.checked(theirs).values()) and not any(ok for _,ok in figure4.checked(other).values())
+
+def test_a_random_schedule_has_the_same_strength():
+    "At each point the same positions in the ranges, of probabilities and of magnitudes, at other operations"
+    found = Schedule.load(BENCHMARKS/'results'/'schedules'/'wrn16_40ep_hba_seed0.json')
+    n,sp = PBASpace().n,found.space
+    of = lambda s: [part.sort(1).values for part in ((s.table-sp.lo)/(sp.hi-sp.lo)).split([n,len(sp)-n], 1)]
+    dealt = controls.random_like(found, 0)
+    assert all(torch.allclose(a, b, atol=1e-9) for a,b in zip(of(dealt), of(found))) and not torch.allclose(dealt.table, found.table, atol=1e-3)
