@@ -172,7 +172,8 @@ def error_on(learn, dl):
 def environment():
     "Command, versions, machine and date, for a result file; `stolen` is the share of processor time that other machines on the same host took since the start"
     import fastai,torchvision,hba_fastai
-    lines = open('/proc/cpuinfo') if os.path.exists('/proc/cpuinfo') else []
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((l.split(':')[1].strip() for l in lines if 'model name' in l), platform.processor())
     return dict(command=' '.join(['python',*sys.argv]), date=datetime.date.today().isoformat(),
                 python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,

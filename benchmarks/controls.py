@@ -31,9 +31,9 @@ def shuffled(s, seed):
 def random_like(s, seed):
     "At each point the same probabilities and the same positions in the ranges, dealt to other operations"
     sp,g = s.space,torch.Generator().manual_seed(seed)
-    u = (s.table-sp.lo)/(sp.hi-sp.lo)
+    u,n = (s.table-sp.lo)/(sp.hi-sp.lo),sum(name.endswith('.p') for name in sp.names) # the probabilities come first
     deal = lambda u: torch.stack([r[torch.randperm(len(r), generator=g)] for r in u])
-    u = torch.cat([deal(u[:,:sp.n]),deal(u[:,sp.n:])], 1)
+    u = torch.cat([deal(u[:,:n]),deal(u[:,n:])], 1)
     return Schedule(s.progress, sp.lo+(sp.hi-sp.lo)*u, s.sigma)
 
 fixed = lambda: Schedule([0.], PBASpace().values(PBASpace().start().double())[None])
