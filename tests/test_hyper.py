@@ -16,6 +16,8 @@ from hba_fastai.modules import evaluating
 from hba_fastai.pba import PBAPolicy
 from hba_fastai.space import PBASpace
 
+def without_bias(m): m.bias = None; return m # torch before 2.9 has no argument for it in a batch norm
+
 LAYERS = {
     'Conv1d': (lambda: nn.Conv1d(4,6,3,padding=1), (4,9)),
     'Conv2d': (lambda: nn.Conv2d(4,6,3,2,1,groups=2), (4,9,7)),
@@ -26,7 +28,7 @@ LAYERS = {
     'BatchNorm1d': (lambda: nn.BatchNorm1d(4), (4,)),
     'BatchNorm1d seq': (lambda: nn.BatchNorm1d(4), (4,6)),
     'BatchNorm2d': (lambda: nn.BatchNorm2d(4), (4,6,5)),
-    'BatchNorm2d no bias': (lambda: nn.BatchNorm2d(4,bias=False), (4,6,5)),
+    'BatchNorm2d no bias': (lambda: without_bias(nn.BatchNorm2d(4)), (4,6,5)),
     'BatchNorm3d': (lambda: nn.BatchNorm3d(4), (4,3,3,3)),
     'GroupNorm': (lambda: nn.GroupNorm(2,4), (4,6,5)),
     'InstanceNorm2d': (lambda: nn.InstanceNorm2d(4,affine=True), (4,6,5)),
