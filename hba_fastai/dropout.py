@@ -117,17 +117,18 @@ class SampledDropout:
     "What lets a dropout `layer` have a rate for each sample, while it is attached"
     def __init__(self, layer:nn.Module, name:str, i:int, now):
         self.layer,self.name,self.i,self.now = layer,name,i,now
-        self.old,self.plain,self.ran = vars(layer).get('forward'),layer.forward,False
+        self.old,self.plain = vars(layer).get('forward'),layer.forward
+        self.ran,self.last = 0,None # in how many batches, and what was drawn for the last one
 
     def forward(self, x):
         drawn = self.now() if self.layer.training else None
         if drawn is None: return self.plain(x)
         if len(x)!=len(drawn.seed): raise ValueError(f"The dropout layer `{self.name}` got a batch of {len(x)} where {len(drawn.seed)} samples have a rate: "
             "set its rate to 0 to leave it out, or let it see one row for each sample")
-        self.ran = True
+        self.ran,self.last = self.ran+(drawn is not self.last),drawn
         return dropped(x, drawn.rate[:,self.i], drawn.seed, self.i, not isinstance(self.layer, nn.Dropout))
 
-    def __getstate__(self): return {**vars(self), 'now': undrawn} # for who copies or saves the model within the fit
+    def __getstate__(self): return {**vars(self), 'now': undrawn, 'last': None} # for who copies or saves the model within the fit
     def attach(self): self.layer.forward = self.forward
     def detach(self):
         "Give the layer its own `forward` back"
@@ -147,7 +148,7 @@ def on_layers(self:Dropout, model:nn.Module, now): # () -> the draw of the prese
     finally:
         for s in sampled: s.detach()
     idle = [s.name for s in sampled if not s.ran]
-    if idle and len(idle)<len(sampled): warnings.warn(f"The dropout layer `{idle[0]}` has never run, so its rate means nothing: set it to 0")
+    if idle and max(s.ran for s in sampled)>1: warnings.warn(f"The dropout layer `{idle[0]}` has never run, so its rate means nothing: set it to 0")
 
 # %% ../nbs/02d_dropout.ipynb #0ca8a0f0
 def set_rates(model:nn.Module, schedule, pct:float=1.) -> nn.Module:

@@ -44,7 +44,8 @@ class Policy(nn.Module):
     def bind(self, data:Data): return copy.deepcopy(self)
     def draw(self, v:Values, generator:torch.Generator): self._lacks('draw')
     def dose(self, drawn) -> Tensor: self._lacks('dose')
-    def apply(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor: return x
+    def apply(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor:
+        return x if self.acts('on_layers') or self.acts('on_loss') else self._lacks('apply')
     def apply_(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor:
         "As `apply`; may change `x` itself, which was made for this batch"
         return self.apply(x, drawn, generator)
@@ -56,7 +57,8 @@ class Policy(nn.Module):
     def describe(self, drawn) -> list:
         "What was drawn for each sample, in words; '' where nothing is done to it"
         return [f"{self.name} {' '.join(f'{o:.2g}' for o in row)}" if any(row) else '' for row in self.dose(drawn).tolist()]
-    def _lacks(self, what): raise NotImplementedError(f"{self.name} has no `{what}`: a policy that is searched needs draw and dose")
+    def _lacks(self, what): raise NotImplementedError(f"{self.name} has no `{what}`: a policy that is searched needs draw, dose, and one of apply, on_layers "
+        "and on_loss (what acts only over many steps, such as weight decay, has no dose and cannot be searched)")
 
 # %% ../nbs/02_policy.ipynb #3b88cefd
 @patch
@@ -280,9 +282,6 @@ def _check_losses(policy, lam, n=16):
 def check_policy(policy:Policy, channels:int=3, sigma:float=1., size:tuple=(8,6)):
     "Raise, in one sentence, where `policy` is not one that can be searched"
     if policy.waits: raise ValueError(f"The hyperparameters of {policy.name} are known when the model is: check `{policy.name}().for_model(model)`")
-    if not any(map(policy.acts, ('apply','on_layers','on_loss'))):
-        raise ValueError(f"{policy.name} acts neither on the batch, nor in layers, nor on the loss: define `apply`, `on_layers` or `on_loss` "
-            "(what acts only over many steps, such as weight decay, has no dose, so it cannot be searched)")
     if not len(policy.space): raise ValueError(f"{policy.name} has no hyperparameters, so there is nothing to search: use it with PolicyCallback")
     policy = _bound(policy, Data(channels, torch.full((channels,), 0.5)))
     lam,x = policy.space.start(),torch.rand(16, channels, *size, generator=torch.Generator().manual_seed(0))

@@ -69,7 +69,7 @@ def stn(cls:HBACallback,
 ) -> HBACallback:
     """The search of Self-Tuning Networks. Theirs, and not here: a factor for each output that is learned (`elem_scalar`, which the weights contain);
     φ_V at random, N(0, 0.01²), here 0; σ that is learned, with its entropy in the loss, here 0.5; ranges of jitter that keep 0.001 away
-    from both ends; holes that start at a side of 3.84 pixels because two limits differ, here 4, and lose a row and a column where it is odd;
+    from both ends; holes that start at a side of 3.84 pixels because two limits differ, here 4;
     whole levels of colour between the jitters of an image. |λ| stays within 15 here"""
     if epochs<=5: raise ValueError(f"epochs={epochs}, and STN trains for 5 epochs before its first hyper-step: give more")
     form = dict(strategy='conv+linear', condition='lambda', centred=False, sigma=0.5, T_train=2, moves=1, share=1., hlr=3e-3)
