@@ -269,7 +269,7 @@ def _check_gradients(policy, lam, sigma, n=8192):
             raise ValueError(f"The expected dose of {policy.name} moves with {name} by {(moves@w).mean()/said:.2f} times what its gradient says: "
                 "compute the dose from the values without comparison or rounding, or write `expected`")
 
-# %% ../nbs/02_policy.ipynb #552b3540
+# %% ../nbs/02_policy.ipynb #a6151996
 def _check_losses(policy, lam, n=16):
     "Each sample keeps a loss, which knows nothing of the others, and some are changed"
     pred,targ = torch.randn(n, 10, generator=torch.Generator().manual_seed(0)),torch.arange(n)%10
@@ -279,6 +279,7 @@ def _check_losses(policy, lam, n=16):
     if a.shape!=(n,) or not a.isfinite().all() or not a.any() or not torch.equal(a[:-1], b[:-1]):
         raise ValueError(f"`on_loss` of {policy.name} gives {_describe(a)} for {n} losses: give a finite number for each, changed by its own draw alone")
 
+# %% ../nbs/02_policy.ipynb #552b3540
 def check_policy(policy:Policy, channels:int=3, sigma:float=1., size:tuple=(8,6)):
     "Raise, in one sentence, where `policy` is not one that can be searched"
     if policy.waits: raise ValueError(f"The hyperparameters of {policy.name} are known when the model is: check `{policy.name}().for_model(model)`")

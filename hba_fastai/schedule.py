@@ -245,6 +245,7 @@ def torchvision(self:Schedule, pct:float, **kwargs): # Progress in [0,1]; more a
     from hba_fastai.outside import ImageTransform
     return ImageTransform(self, pct, **kwargs)
 
+# %% ../nbs/04_schedule.ipynb #8f246163
 @patch
 def apply_to(self:Schedule, model, pct:float=1.): # A model with as many dropout layers; progress in [0,1]
     "Set the rates of the dropout layers of `model` to those of the schedule, found with `Dropout()`; returns the model"

@@ -43,7 +43,8 @@ def rows(drawn, i): return type(drawn)(*[t[i] for t in drawn]) if isinstance(dra
 
 # --- what is done to each sample
 
-LAYERS = {'elements': (nn.Dropout, (4,5)), 'of a vector': (nn.Dropout, (7,)), '1d': (nn.Dropout1d, (4,5)), '2d': (nn.Dropout2d, (4,5,6)), '3d': (nn.Dropout3d, (4,5,2,3))}
+LAYERS = {'elements': (nn.Dropout, (4,5)), 'of a vector': (nn.Dropout, (7,)),
+          '1d': (nn.Dropout1d, (4,5)), '2d': (nn.Dropout2d, (4,5,6)), '3d': (nn.Dropout3d, (4,5,2,3))}
 
 @pytest.mark.parametrize('what', LAYERS)
 def test_a_batch_is_a_loop_of_batches_of_one(what):
@@ -179,7 +180,8 @@ def test_a_schedule_goes_to_another_network_from_its_file_alone(tmp_path):
     assert [m.p for _,m in dropout_layers(learn.model)]==[0.05,0.05]
     assert [m.p for _,m in dropout_layers(Schedule.load(file, policies=Dropout()).apply_to(learn.model))]==[0.5,0.5]
     with pytest.raises(ValueError, match='3 rates of dropout, and Sequential has 2'): learn.fit(1, cbs=ScheduleCallback(found(3)))
-    with pytest.raises(ValueError, match='holds the hyperparameters of PBAPolicy and no rates'): Schedule([0.], torch.full((1,54), 0.).numpy()+PBAPolicy().space.lo.numpy()).apply_to(learn.model)
+    other = Schedule([0.], PBAPolicy().space.lo[None])
+    with pytest.raises(ValueError, match='holds the hyperparameters of PBAPolicy and no rates'): other.apply_to(learn.model)
 
 @pytest.mark.filterwarnings('ignore:.*has no image of')
 def test_target_images_that_join_late_have_the_rates_of_their_rows():
@@ -264,7 +266,8 @@ def test_smoothing_acts_on_training_losses_alone_also_with_accumulation():
     assert learn.loss_func is plain and {t for t,*_ in seen}=={True,False}
 
 def test_losses_that_are_no_mean_over_samples_are_refused_before_the_first_step():
-    for loss,match in ((CrossEntropyLossFlat(weight=torch.arange(1., 11.)),'is not the mean'), (lambda p, y: F.cross_entropy(p, y),'gives none for each sample')):
+    weighted,opaque = CrossEntropyLossFlat(weight=torch.arange(1., 11.)),lambda p, y: F.cross_entropy(p, y)
+    for loss,match in ((weighted,'is not the mean'), (opaque,'gives none for each sample')):
         learn = learner(loss_func=loss)
         before = [p.clone() for p in learn.model.parameters()]
         with pytest.raises(ValueError, match=match): learn.fit(1, cbs=PolicyCallback(LabelSmoothing()))
