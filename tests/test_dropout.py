@@ -15,7 +15,7 @@ from conftest import small_learner
 from test_undo import assert_plain,fingerprint
 import hba_fastai
 from hba_fastai.data import digits_dls
-from hba_fastai.dropout import Dropout,Rates,dropout_layers
+from hba_fastai.dropout import Dropout,Rates,dropout_layers,dropped
 from hba_fastai.hypernet import HyperNet
 from hba_fastai.jitter import ColorJitter,CutoutHoles,InputDropout,InputScale
 from hba_fastai.pba import PBAPolicy
@@ -72,6 +72,12 @@ def test_rates_are_met_and_layers_and_samples_are_independent(n=20_000):
     together = off.flatten(0, 1)[1:].corrcoef()-torch.eye(7) # the first drops nothing
     assert together.abs().max() < 5/n**0.5
 
+def test_no_gradient_goes_through_a_mask_to_its_rate():
+    rate,x = torch.full((3,), 0.4, requires_grad=True),torch.randn(3, 7, generator=gen(), dtype=torch.float64).requires_grad_()
+    seed = torch.arange(3)
+    assert not dropped(x.detach(), rate, seed).requires_grad
+    assert torch.autograd.gradcheck(lambda x: dropped(x, rate, seed), x)
+
 def test_checkpointed_and_shared_layers_see_one_mask():
     drop = nn.Dropout(0.5)
     class Twice(nn.Module):
@@ -116,8 +122,9 @@ def test_the_hypergradient_is_that_of_finite_differences():
         for p,_ in hyper.params: p.copy_(torch.randn(p.shape, generator=gen(p.numel()), dtype=p.dtype))
     drawn = policy.draw_under(lam.expand(6, -1), gen())
     with hyper.attached(z(lam)),policy.on_layers(model, lambda: drawn): # on, and yet off in the hyper-step
-        _,g = hyper.hypergradient(model, loss, lam, z)
+        value,g = hyper.hypergradient(model, loss, lam, z)
         steps = [hyper.losses_at(model, loss, [z(lam+s*e) for e in torch.eye(2).double()]) for s in (1e-5,-1e-5)]
+    assert torch.equal(value, F.cross_entropy(model.eval()(x), y))
     assert g.abs().min()>1e-6 and torch.allclose(g, (steps[0]-steps[1])/2e-5, rtol=1e-5, atol=1e-9)
 
 # --- in a fit
