@@ -71,7 +71,7 @@ class ScheduleTransform(nn.Module):
         schedule:Schedule,  # What a search has found
         pct:float,          # Progress of training in [0,1], to be set as `pct` while training goes on
         seed:int|None=None, # Seed of its random streams, see `stream_seed`; default: torch's current seed
-        policy=None,        # The policies that the schedule was found for, as a sum, unless that is `PBAPolicy` alone
+        policy=None,        # The policies that the schedule was found for, as a sum, where one of them is your own
         mean=None,          # Mean colour of the data in [0,1], a number or one per channel, for holes; default: of the first batch
         places:str|None=None # What of the targets are places in the image, such as 'masks'; then no operation shifts images against them
     ):

@@ -208,7 +208,7 @@ class ScheduleCallback(PolicyCallback):
         schedule, # A `Schedule`, the name of its file, an `HBACallback` that searched, or its Learner
         sigma:float|None=None, # Standard deviation of ε, default: that of the search
         seed:int|None=None,    # Seed of its random streams; default: torch's current seed
-        policy=None,           # The policies that it was found for, as a sum, unless that is `PBAPolicy` alone
+        policy=None,           # The policies that it was found for, as a sum, where one of them is your own
         target=None, until:float=UNTIL, mix:float=MIX # Labelled target images that join training, as in `PolicyCallback`
     ):
         check_late(target, until, mix)
