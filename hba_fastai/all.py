@@ -6,14 +6,19 @@ Docs: https://hba-fastai.github.io/hba-fastai/all.html.md"""
 
 # %% auto #0
 __all__ = ['PBASpace', 'Space', 'TABLE7', 'OPS', 'Data', 'Policy', 'check_policy', 'PBAPolicy', 'AutoAugment', 'RandAugment',
-           'TrivialAugmentWide', 'Schedule', 'ScheduleError', 'from_timm', 'CheckpointError', 'array_dls', 'digits_dls',
-           'HBACallback', 'PolicyCallback', 'ScheduleCallback', 'Verdict', 'hba_verdict']
+           'TrivialAugmentWide', 'Dropout', 'ColorJitter', 'CutoutHoles', 'InputDropout', 'InputScale',
+           'LabelSmoothing', 'Schedule', 'ScheduleError', 'from_timm', 'CheckpointError', 'array_dls', 'digits_dls',
+           'HBACallback', 'PolicyCallback', 'ScheduleCallback', 'Verdict', 'hba_verdict', 'STN_STATS', 'STNRates',
+           'stn_alexnet', 'stn_learner', 'stn_policy', 'stn_space']
 
 # %% ../nbs/09_all.ipynb #15f996bf
 from .space import PBASpace,Space,TABLE7
 from .ops import OPS
 from .policy import Data,Policy,check_policy
 from .pba import PBAPolicy
+from .dropout import Dropout
+from .jitter import ColorJitter,CutoutHoles,InputDropout,InputScale
+from .smoothing import LabelSmoothing
 from .search_free import AutoAugment,RandAugment,TrivialAugmentWide
 from .schedule import Schedule,ScheduleError
 from .formats import from_timm
@@ -23,8 +28,10 @@ from .replay import PolicyCallback,ScheduleCallback
 from .search import HBACallback
 from .plan import n_hyper_steps # with `HBACallback.plan`
 from .verdict import Verdict,hba_verdict
+from .stn import STN_STATS,STNRates,stn_alexnet,stn_learner,stn_policy,stn_space # with `HBACallback.stn`
 
 # %% ../nbs/09_all.ipynb #2c4b7975
 _all_ = ['PBASpace','Space','TABLE7','OPS','Data','Policy','check_policy','PBAPolicy','AutoAugment','RandAugment','TrivialAugmentWide',
+         'Dropout','ColorJitter','CutoutHoles','InputDropout','InputScale','LabelSmoothing',
          'Schedule','ScheduleError','from_timm','CheckpointError','array_dls','digits_dls','HBACallback','PolicyCallback','ScheduleCallback',
-         'Verdict','hba_verdict']
+         'Verdict','hba_verdict','STN_STATS','STNRates','stn_alexnet','stn_learner','stn_policy','stn_space']

@@ -77,7 +77,7 @@ def searched_policies(policy, skip, limits) -> Policies:
     "What is searched, by the arguments of `HBACallback`"
     if policy is not None and (skip or limits): raise ValueError("skip and limits are of PBAPolicy and a policy is given: give them to that")
     policies = Policies(PBAPolicy(skip=skip, limits=limits) if policy is None else policy)
-    if not len(policies.space): raise ValueError(f"{policies.parts[0].name} has no hyperparameters to search: use it with PolicyCallback")
+    if not (len(policies.space) or policies.waits): raise ValueError(f"{policies.parts[0].name} has no hyperparameters to search: use it with PolicyCallback")
     return policies
 
 # %% ../nbs/06g_checks.ipynb #05b03c0f

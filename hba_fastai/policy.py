@@ -9,6 +9,7 @@ __all__ = ['SPREAD', 'Data', 'Policy', 'Policies', 'population', 'generators_for
 
 # %% ../nbs/02_policy.ipynb #cde1caa1
 import copy,random
+from contextlib import nullcontext
 from typing import NamedTuple
 from zlib import crc32
 import numpy as np
@@ -31,6 +32,7 @@ class Policy(nn.Module):
     order = 20       # Place among the batch transforms: behind `IntToFloatTensor` (10), before fastai's augmentation (30, 40) and `Normalize` (99)
     on_bytes = False # Can it act on bytes, in front of `IntToFloatTensor`?
     checked = False  # Is it known that `check_policy` accepts it? Else a search asks
+    waits = False    # Are its hyperparameters known only when the model is, see `for_model`?
     skip,limits = (),{} # Of a policy with operations: those that must not be used, and narrower ranges
     def __init__(self):
         super().__init__()
@@ -38,19 +40,25 @@ class Policy(nn.Module):
 
     @property
     def name(self): return type(self).__name__
+    def for_model(self, model:nn.Module): return self # or another, where the layers say what its hyperparameters are
     def bind(self, data:Data): return copy.deepcopy(self)
     def draw(self, v:Values, generator:torch.Generator): self._lacks('draw')
     def dose(self, drawn) -> Tensor: self._lacks('dose')
-    def apply(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor: self._lacks('apply')
+    def apply(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor:
+        return x if self.acts('on_layers') or self.acts('on_loss') else self._lacks('apply')
     def apply_(self, x:Tensor, drawn, generator:torch.Generator) -> Tensor:
         "As `apply`; may change `x` itself, which was made for this batch"
         return self.apply(x, drawn, generator)
+    def on_layers(self, model:nn.Module, now): return nullcontext() # Within, it acts in layers; `now()`: the draw of the batch, or None
+    def on_loss(self, losses:Tensor, pred:Tensor, targ:Tensor, drawn) -> Tensor: return losses # Of the samples (B,), before their mean
+    def acts(self, where:str) -> bool: return getattr(type(self), where) is not getattr(Policy, where) # 'apply', 'on_layers' or 'on_loss'
     def on_masks(self, x:Tensor, drawn, size:tuple) -> Tensor: return x # Masks (B,H,W), and the images' height and width
     def on_points(self, p:Tensor, drawn, size:tuple) -> Tensor: return p # Points (B,...,2), (x,y), the image from -1 to 1
     def describe(self, drawn) -> list:
         "What was drawn for each sample, in words; '' where nothing is done to it"
         return [f"{self.name} {' '.join(f'{o:.2g}' for o in row)}" if any(row) else '' for row in self.dose(drawn).tolist()]
-    def _lacks(self, what): raise NotImplementedError(f"{self.name} has no `{what}`: a policy that is searched needs draw, dose and apply")
+    def _lacks(self, what): raise NotImplementedError(f"{self.name} has no `{what}`: a policy that is searched needs draw, dose, and one of apply, on_layers "
+        "and on_loss (what acts only over many steps, such as weight decay, has no dose and cannot be searched)")
 
 # %% ../nbs/02_policy.ipynb #3b88cefd
 @patch
@@ -119,13 +127,22 @@ class Policies(nn.Module):
         twice = [n for n in names if names.count(n)>1]
         if twice: raise ValueError(f"{twice[0]} is there twice: add policies of different classes")
         self.space,self.sizes = sum((p.space for p in self.parts), Space()),[len(p.space) for p in self.parts]
+        self.waits = any(p.waits for p in self.parts)
         self.scales = None # one for each of those `with_space`, see `Policy.scale`; set by `bound`
+
+    def for_model(self, model:nn.Module):
+        "The policies for this model; the same object where nothing depends on it"
+        parts = [p.for_model(model) for p in self.parts]
+        return self if all(p is own for p,own in zip(parts, self.parts)) else Policies(*parts)
 
     def bound(self, data:Data, sigma:float):
         "The policies for these data"
         new = Policies(*[p.bind(data) for p in self.parts])
         new.scales = [p.scale(sigma) for p in new.with_space]
         return new
+
+    # names can be looked up once all of them are known
+    def start(self, at=None) -> Tensor: return self.space.start(None if self.waits and isinstance(at, dict) else at)
 
     @property
     def with_space(self) -> list: return [p for p in self.parts if len(p.space)]
@@ -252,9 +269,20 @@ def _check_gradients(policy, lam, sigma, n=8192):
             raise ValueError(f"The expected dose of {policy.name} moves with {name} by {(moves@w).mean()/said:.2f} times what its gradient says: "
                 "compute the dose from the values without comparison or rounding, or write `expected`")
 
+# %% ../nbs/02_policy.ipynb #a6151996
+def _check_losses(policy, lam, n=16):
+    "Each sample keeps a loss, which knows nothing of the others, and some are changed"
+    pred,targ = torch.randn(n, 10, generator=torch.Generator().manual_seed(0)),torch.arange(n)%10
+    drawn,other = policy.draw_under((lam*0+2).expand(n, -1), torch.Generator().manual_seed(0)),torch.cat([pred[:-1],pred[:1]])
+    done = lambda pred: policy.on_loss(losses := nn.functional.cross_entropy(pred, targ, reduction='none'), pred, targ, drawn)-losses
+    a,b = done(pred),done(other)
+    if a.shape!=(n,) or not a.isfinite().all() or not a.any() or not torch.equal(a[:-1], b[:-1]):
+        raise ValueError(f"`on_loss` of {policy.name} gives {_describe(a)} for {n} losses: give a finite number for each, changed by its own draw alone")
+
 # %% ../nbs/02_policy.ipynb #552b3540
 def check_policy(policy:Policy, channels:int=3, sigma:float=1., size:tuple=(8,6)):
     "Raise, in one sentence, where `policy` is not one that can be searched"
+    if policy.waits: raise ValueError(f"The hyperparameters of {policy.name} are known when the model is: check `{policy.name}().for_model(model)`")
     if not len(policy.space): raise ValueError(f"{policy.name} has no hyperparameters, so there is nothing to search: use it with PolicyCallback")
     policy = _bound(policy, Data(channels, torch.full((channels,), 0.5)))
     lam,x = policy.space.start(),torch.rand(16, channels, *size, generator=torch.Generator().manual_seed(0))
@@ -263,7 +291,9 @@ def check_policy(policy:Policy, channels:int=3, sigma:float=1., size:tuple=(8,6)
         policy.to(device)
         for images in [x,x[:1]]+[(x*255).byte()]*policy.on_bytes:
             changed += [_check_samples(policy, l, images.to(device)) for l in (lam,lam*0-7,lam*0+7)] # sigmoid(7) = 0.999
-    if not any(changed): raise ValueError(f"`apply` of {policy.name} gives the images as they came, whatever the dose says: return those that it changed")
+    if policy.acts('on_loss'): _check_losses(policy, lam)
+    if policy.acts('apply') and not any(changed):
+        raise ValueError(f"`apply` of {policy.name} gives the images as they came, whatever the dose says: return those that it changed")
     _check_alone(policy, lam, x)
     _check_means(policy, lam, sigma)
     _check_gradients(policy, lam, sigma)

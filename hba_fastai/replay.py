@@ -16,6 +16,7 @@ from .schedule import *
 from .outside import policies_of
 from .processes import shared_seed
 from .policy import Policies
+from .inside import *
 from .late import *
 from .transform import *
 
@@ -63,7 +64,7 @@ class PolicyCallback(Callback):
     _stateattrs = 'generators','undo','tfms','late'
     generators,undo,tfms = None,None,() # Sources of randomness by policy; what is to be undone and the `PolicyTransform`s, while a fit lasts
     target,late = None,None             # The target images, and while a fit lasts the stream of their batches for training
-    within,goes_on = False,False        # Is an epoch running? Does a second fit continue the first, as a search does?
+    within,in_batch,goes_on = False,False,False # Does an epoch run, and a batch of it? Does a second fit continue the first, as a search does?
     def __init__(self,
         policy,          # A policy, such as `TrivialAugmentWide()`, or a sum; with hyperparameters: at the start of their space
         sigma:float=1.,  # Standard deviation of ε, if there are hyperparameters
@@ -83,6 +84,7 @@ class PolicyCallback(Callback):
         self.run = not (self.learn.lock.locked() or hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'))
         if not self.run: return
         self.refuse()
+        self.meet()
         self.course.begin(self.learn, self.goes_on)
         self.undo = ExitStack()
         self.undo.enter_context(self.guarded())
@@ -94,6 +96,11 @@ class PolicyCallback(Callback):
     def before_batch(self):
         "Late in the course, target images take a share of the batch"
         if self.late and self.is_late(): mix_in(self.learn, next(self.late), self.mix)
+        self.in_batch = True
+
+    def after_batch(self):
+        "Layers and the loss are the plain ones again"
+        self.in_batch = False
 
     def after_fit(self):
         "The fit ended well, or was cancelled: the course goes on behind it"
@@ -109,6 +116,16 @@ def refuse(self:PolicyCallback):
     others = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, PolicyCallback) and cb is not self]
     if others: raise ValueError(f"{type(self).__name__} and {others[0]} would both augment each image: fit with one of them")
 
+@patch
+def meet(self:PolicyCallback):
+    "Where the model says what the hyperparameters are, its policies take the place of those that wait for it"
+    policies = self.policies.for_model(get_model(self.model))
+    if policies is self.policies: return
+    self.policies = policies
+    self.forget()
+
+@patch
+def forget(self:PolicyCallback): "Begin anew; a search forgets what belongs to other hyperparameters"
 @patch
 @contextmanager
 def guarded(self:PolicyCallback):
@@ -132,7 +149,7 @@ def guarded(self:PolicyCallback):
 def close(self:PolicyCallback, ended:bool=False):
     "Put back all that was swapped; safe to call again"
     if self.undo is None: return
-    tfms,self.tfms = self.tfms,()
+    tfms,self.tfms,self.in_batch = self.tfms,(),False
     if not ended: self.course.total = None
     elif tfms: self.course.done += self.learn.n_epoch
     self.undo.close()
@@ -160,6 +177,7 @@ def insert(self:PolicyCallback, policies, lam):
     on_device = lambda lam: lambda: lam().to(device, non_blocking=True)
     if self.target is not None: self.join(policies.to(device), on_device(self.policies.space.start))
     self.tfms = self.undo.enter_context(policies_in(self.dls, policies.to(device), on_device(lam), self.sigma, self.generators))
+    self.undo.enter_context(acting_inside(self.learn, self.tfms, lambda: self.in_batch))
 
 @patch
 def join(self:PolicyCallback, policies, lam):
@@ -190,7 +208,7 @@ class ScheduleCallback(PolicyCallback):
         schedule, # A `Schedule`, the name of its file, an `HBACallback` that searched, or its Learner
         sigma:float|None=None, # Standard deviation of ε, default: that of the search
         seed:int|None=None,    # Seed of its random streams; default: torch's current seed
-        policy=None,           # The policies that it was found for, as a sum, unless that is `PBAPolicy` alone
+        policy=None,           # The policies that it was found for, as a sum, where one of them is your own
         target=None, until:float=UNTIL, mix:float=MIX # Labelled target images that join training, as in `PolicyCallback`
     ):
         check_late(target, until, mix)

@@ -227,7 +227,8 @@ def check_policies(self:Schedule, policies):
             f"add it, as in `policy={'+'.join(f'{name}()' for name in self.spaces)}`")
     more = [name for name in given if name not in self.spaces]
     if more: raise ScheduleError(f"The schedule holds the hyperparameters of {' and '.join(self.spaces)} and none of {more[0]}: leave that policy out")
-    for name,space in given.items():
+    known = {p.name: p.space for p in getattr(policies, 'parts', [policies]) if not p.waits} # until the model is, where the replay looks
+    for name,space in known.items():
         mine = self.spaces[name]
         if (mine.names,[tuple(r) for r in mine.ranges])!=(space.names,[tuple(r) for r in space.ranges]):
             raise ScheduleError(f"The hyperparameters of {name} or their ranges are others in the schedule than in the policy given: "
@@ -245,6 +246,13 @@ def torchvision(self:Schedule, pct:float, **kwargs): # Progress in [0,1]; more a
     "What augments one image at a time, for `torchvision.transforms.v2.Compose`"
     from hba_fastai.outside import ImageTransform
     return ImageTransform(self, pct, **kwargs)
+
+# %% ../nbs/04_schedule.ipynb #8f246163
+@patch
+def apply_to(self:Schedule, model, pct:float=1.): # A model with as many dropout layers; progress in [0,1]
+    "Set the rates of the dropout layers of `model` to those of the schedule, found with `Dropout()`; returns the model"
+    from hba_fastai.dropout import set_rates
+    return set_rates(model, self, pct)
 
 # %% ../nbs/04_schedule.ipynb #e2592ba5
 @patch

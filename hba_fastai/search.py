@@ -73,9 +73,9 @@ class HBACallback(PolicyCallback):
         resume:bool=False     # Go on from the checkpoint, if there is one
     ):
         store_attr(but='start,policy,skip,limits')
+        self.starts_at = start
         check_arguments(self)
         self.policies = searched_policies(policy, skip, limits)
-        self.start = self.policies.space.start(start)
         self.forget()
 
     @classmethod
@@ -130,6 +130,7 @@ class HBACallback(PolicyCallback):
 
     def after_batch(self):
         "The plain network again; hyper-steps when they are due"
+        PolicyCallback.after_batch(self)
         self.net.respond(None)
         if self.clock.due(self.course.epochs(self.learn)):
             for _ in range(self.T_val): self.hyper_step()
@@ -150,6 +151,7 @@ class HBACallback(PolicyCallback):
 @patch
 def forget(self:HBACallback):
     "Begin a new search: λ, φ, the schedule and the random streams"
+    self.start = self.policies.start(self.starts_at)
     self.lam,self.clock,self.course = self.new_lam(),Clock(self.T_train),Course()
     self.points,self.inactive,self.pauses = [],[],[] # of λ over epochs; operations that cannot act on these images; when a checkpoint went on
     self.net,self.generators,self.schedule,self.saved,self.searched = (None,)*5

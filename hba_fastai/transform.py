@@ -35,7 +35,8 @@ class PolicyTransform(RandTransform):
     ):
         super().__init__(p=1.)
         store_attr('policy,lam,sigma,generator,n_inp,order')
-        self.active,self.checked = policy.active.to(generator.device),False
+        self.active = policy.active.to(generator.device)
+        self.checked = order>Normalize.order or not policy.acts('apply') # else images that are not in [0,1] are refused
 
     def before_call(self, b, split_idx):
         "Draw λ_i and what is done to each image"
@@ -118,7 +119,7 @@ def policies_in(dls, policies:Policies, lam, sigma:float, generators:dict):
     part = lambda i: lambda: lam().split(policies.sizes)[i]
     with ExitStack() as undo:
         tfms = [undo.enter_context(policy_in(dls, p, part(i), sigma, generators[p.name])) for i,p in enumerate(policies.parts)]
-        on_floats = [t for t in sorted(tfms, key=lambda t: t.order) if t.order>=IntToFloatTensor.order]
+        on_floats = [t for t in sorted(tfms, key=lambda t: t.order) if t.order>=IntToFloatTensor.order and t.policy.acts('apply')]
         for t in on_floats[1:]: t.checked = True # what the policy before it made may leave [0,1]
         yield tfms
 
