@@ -1,6 +1,6 @@
 """The networks of the paper's experiments, each beside its small form: `MODELS[name].full(classes)`, `MODELS[name].small(classes)`.
 
-Wide-ResNet is in common.py, ResNet-50 is torchvision's, the AlexNet of STN is in stn.py. Here are Shake-Shake (Gastaldi, arXiv 1705.07485)
+Wide-ResNet is in common.py, ResNet-50 is torchvision's, the AlexNet of STN is the package's. Here are Shake-Shake (Gastaldi, arXiv 1705.07485)
 and PyramidNet (Han et al., arXiv 1610.02915) with ShakeDrop (Yamada et al., arXiv 1802.02375).
 """
 from functools import partial
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from common import Bfloat16,wrn
-from stn import AlexNet
+from hba_fastai.stn import stn_alexnet
 from torchvision.models import resnet18,resnet50
 
 class Mixed(torch.autograd.Function):
@@ -110,4 +110,4 @@ MODELS = {
     'Shake-Shake (26 2x112d)': Model(partial(shake_shake, 112), half(partial(shake_shake, 14, n=1))),
     'PyramidNet+ShakeDrop':    Model(partial(pyramid, 272, 200), half(partial(pyramid, 29, 16))),
     'ResNet-50': Model(lambda c: resnet50(num_classes=c), lambda c: Bfloat16(resnet18(num_classes=c))),
-    'AlexNet':   Model(AlexNet, lambda c: AlexNet(c, fc=256))}
+    'AlexNet':   Model(stn_alexnet, lambda c: stn_alexnet(c, width=0.25))}

@@ -31,13 +31,13 @@ from fastai.torch_core import set_seed
 from common import Bfloat16,NoValid,clock,environment,quiet
 from images import Where,loaders
 from models import MODELS
-from stn import Dropout,STNPolicy,STNRule
 from surcharge import Held
 from tables import *
 from hba_fastai.checkpoint import load_checkpoint,save_checkpoint,set_rng_state
 from hba_fastai.replay import ScheduleCallback
 from hba_fastai.resume import training_state
 from hba_fastai.search import HBACallback
+from hba_fastai.stn import STNRates,stn_policy
 
 SCALES = 'full','small','steps'
 CACHE = Path(os.environ.get('HBA_CACHE', Path.home()/'.cache'/'hba-fastai'))/'paper'
@@ -98,6 +98,15 @@ class GoesOn(Callback):
         generators = {k: g.get_state() for k,g in self.policy.generators.items()}
         save_checkpoint(self.file, dict(epoch=self.epoch+1, training=training_state(self.learn), generators=generators))
 
+class KeptRates(STNRates):
+    "STN's rule for a fit that goes on: `file` keeps the losses beside the checkpoint"
+    def __init__(self, file): self.file = file
+    def before_fit(self): self.losses = json.loads(self.file.read_text()) if self.file.exists() else []
+    def after_epoch(self):
+        if self.epoch<len(self.losses): return # an epoch that was left out
+        try: super().after_epoch()
+        finally: self.file.write_text(json.dumps([float(o) for o in self.losses]))
+
 # --- a search and a training
 
 def at_steps(lr, pct:float) -> float: return lr*0.1**sum(pct>o/270-1e-6 for o in (90,180,240))
@@ -115,7 +124,7 @@ def learner(s, where, scale, seed):
 def fit(learn, s, cb, files, *more) -> dict:
     "Train as `s` says with `cb`; what it took"
     measured = Measured(files('measured.json'))
-    rule = [STNRule(files('losses.json'))] if s.schedule=='stn' else \
+    rule = [KeptRates(files('losses.json'))] if s.schedule=='stn' else \
            [NoValid(), ParamScheduler({'lr': SchedCos(s.lr, 0.) if s.schedule=='cosine' else partial(at_steps, s.lr)})]
     learn.fit(s.epochs, s.lr, cbs=[cb, *rule, *more, measured])
     took = measured.measured()
@@ -139,9 +148,7 @@ def search(row, s, where, scale, seed, files) -> dict:
     "The search of a row: its figures; its schedule is saved"
     learn = learner(s, where, scale, seed)
     form = dict(hlr=s.hlr, strategy=s.strategy, sigma=s.sigma, seed=seed, checkpoint=files('search.pth'), resume=True)
-    if s.schedule=='stn': # five epochs of 500 pass before λ moves; λ starts where STN's does
-        net,stats = [m for m in learn.model.modules() if isinstance(m, Dropout)],learn.dls.train.after_batch.normalize
-        form.update(policy=STNPolicy(net, stats.mean.flatten().tolist()), start=None, warmup=0.01)
+    if s.schedule=='stn': form.update(policy=stn_policy(), start=None, warmup=0.01) # 5 epochs of 500 pass before λ moves; it starts where STN's does
     hba = HBACallback.paper(**form)
     took = fit(learn, s, hba, files)
     hba.schedule.save(files('schedule'))

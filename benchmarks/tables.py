@@ -12,7 +12,7 @@ class Setting(NamedTuple):
     data:str          # Data set
     model:str         # Name in models.py
     lr:float          # α
-    schedule:str      # of α: 'cosine', 'step' (a tenth at epochs 90, 180 and 240 of 270) or 'stn' (see stn.py)
+    schedule:str      # of α: 'cosine', 'step' (a tenth at epochs 90, 180 and 240 of 270) or 'stn' (see `hba_fastai.stn`)
     wd:float          # Weight decay
     bs:int            # Batch size
     epochs:int
