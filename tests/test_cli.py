@@ -47,7 +47,7 @@ def test_on_a_folder_through_a_pipe_that_is_not_utf8(tmp_path):
     write_images(tmp_path/'all'/'test', 6)
     r = search(tmp_path/'all', '--epochs', 2, *SMALL, '--out', tmp_path/'new'/'λ.json', env={'PYTHONIOENCODING': 'cp1252'})
     assert r.returncode==0 and r.stderr=='', r.stderr[-2000:]
-    assert len(Schedule.load(tmp_path/'new'/'λ.json'))==3 and all((tmp_path/'new'/f).exists() for f in ('λ.png','λ.html')) and r'\u03bb.json' in r.stdout
+    assert len(Schedule.load(tmp_path/'new'/'λ.json'))==4 and all((tmp_path/'new'/f).exists() for f in ('λ.png','λ.html')) and r'\u03bb.json' in r.stdout
     assert 'Left out: test (6 images)' in r.stdout and '32 training and 8 validation images' in r.stdout
     assert 'ScheduleCallback(' in r.stdout and ('of 15 operations' in r.stdout or 'No operation' in r.stdout)
     table = rows(r.stdout)
@@ -62,7 +62,7 @@ def test_on_the_digits_in_a_terminal(tmp_path):
     for row in rows_of_table: assert row in out
     table = rows(out)
     assert len(table)==3 and max(map(len, table))<=80 and out.splitlines()[-1].endswith('seconds')
-    assert len(Schedule.load(tmp_path/'schedule.json'))==3
+    assert len(Schedule.load(tmp_path/'schedule.json'))==5
 
 @pytest.mark.slow
 def test_in_a_notebook(tmp_path, pngs):
@@ -72,7 +72,7 @@ def test_in_a_notebook(tmp_path, pngs):
     code = f"from IPython.core.interactiveshell import InteractiveShell as S\nS.instance().run_cell({cell!r}).raise_error()"
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=ENV)
     assert r.returncode==0, r.stderr[-2000:]+r.stdout[-2000:]
-    assert len(Schedule.load(tmp_path/'s.json'))==3
+    assert len(Schedule.load(tmp_path/'s.json'))==4
 
 def test_help_is_quick():
     subprocess.run([sys.executable, '-c', "import hba_fastai.cli, sys; assert not {'torch','fastai','matplotlib'} & set(sys.modules)"], check=True)
@@ -110,7 +110,7 @@ def test_an_error_in_the_training_keeps_what_was_found(tmp_path, pngs, monkeypat
     keep = session.KeepCallback.after_epoch
     monkeypatch.setattr(session.KeepCallback, 'after_epoch', after_epoch)
     with pytest.raises(CliError, match='on fire.*50% of the search, is in'): hba_search(str(pngs), epochs=6, size=16, bs=8, out=str(tmp_path/'s.json'))
-    assert len(Schedule.load(tmp_path/'s.json'))==4
+    assert len(Schedule.load(tmp_path/'s.json'))==5
 
 def test_a_search_that_went_nowhere_writes_nothing(tmp_path, pngs, monkeypatch):
     monkeypatch.setattr(HBACallback, 'hyper_step', lambda self: None)
@@ -181,7 +181,7 @@ def test_a_target_folder(pngs, tmp_path):
     assert r.returncode==0, r.stderr
     assert 'take 50% of each batch from epoch 3, when the policy is fixed' in r.stdout
     s = Schedule.load(out)
-    assert s.provenance['target'].endswith(str(target)) and s.provenance['until']==0.6 and (s.table[3]==s.table[5]).all()
+    assert s.provenance['target'].endswith(str(target)) and s.provenance['until']==0.6 and (s.at(0.6)==s.at(1)).all()
 
 def test_links_do_not_put_an_image_on_both_sides(pngs):
     (pngs/'loop').symlink_to(pngs)

@@ -501,4 +501,4 @@ def test_pictures_tables_and_words(what, saved):
     names = {t.get_text() for ax in axs for t in [*ax.texts,*(ax.get_legend().get_texts() if ax.get_legend() else [])]}
     assert {*schedule.space.groups()}<=names and len(axs)==1+(what in ('beside','bare'))
     plt.close('all')
-    assert schedule.frame().shape==(4,len(schedule.space)) and ('noise=' in repr(schedule))==(what!='bare')
+    assert schedule.frame().shape==(len(schedule),len(schedule.space)) and ('noise=' in repr(schedule))==(what!='bare')
