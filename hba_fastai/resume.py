@@ -79,13 +79,13 @@ def training_state(learn) -> dict:
                 rng=rng_state(), train_rng=inner_dl(learn.dls.train).rng.getstate())
 
 def search_state(hba) -> dict:
-    "All that the search beside it needs"
-    phi = [p for p,_ in hba.net.params]
+    "All that the search beside it needs; `net` is None where no layer responds"
+    phi = [p for p,_ in hba.net.params] if hba.net else []
     place = lambda stream: stream and [stream.i_pass,stream.place]
     random = dict(seed=hba.base_seed, generators={k: g.get_state() for k,g in hba.generators.items()}, stream=place(hba.stream), late=place(hba.late))
     progress = dict(clock=vars(hba.clock), course=vars(hba.course), inactive=hba.inactive,
                     at=[a for a,_ in hba.points], lams=torch.stack([l for _,l in hba.points]))
-    return dict(lam=hba.lam.state_dict(), net=hba.net.state_dict(), phi_state=builtin([[s.get(p, {}) for p in phi] for s in states(hba.opt)]),
+    return dict(lam=hba.lam.state_dict(), net=hba.net and hba.net.state_dict(), phi_state=builtin([[s.get(p, {}) for p in phi] for s in states(hba.opt)]),
                 policies=hba.bound.state_dict(), **random, **progress)
 
 def write(hba, **more):
@@ -140,10 +140,11 @@ def load_buffers(policies, d:dict):
 def load_behind(hba, d:dict):
     "When training goes on: the response and all random streams as they were"
     search = d['search']
-    hba.net.load_state_dict(search['net'])
-    for s,old in zip(states(hba.opt), search['phi_state']): s.update({p:o for (p,_),o in zip(hba.net.params, old) if o})
+    if hba.net:
+        hba.net.load_state_dict(search['net'])
+        for s,old in zip(states(hba.opt), search['phi_state']): s.update({p:o for (p,_),o in zip(hba.net.params, old) if o})
     load_buffers(hba.bound, search['policies'])
-    hba.stream.go_to(*search['stream'])
+    if hba.stream: hba.stream.go_to(*search['stream'])
     if hba.late: hba.late.go_to(*search['late'])
     load_draws(hba, d)
 
