@@ -114,7 +114,7 @@ def end(self:Role, cb) -> dict:
     last = cb.learn.epoch+1==self.until
     report['judged'] = self.judged(cb, report['valid_loss']) if last else float('nan')
     self.told = cb.tell() if last else None
-    self.report = dict(report, **self.spent)
+    self.report = dict(report, **self.spent, change=self.change)
     return dict(lineage=self.lineage, spent=self.spent, change=self.change, report=self.report, told=self.told)
 
 # %% ../nbs/07a1_member.ipynb #df90b1e7
