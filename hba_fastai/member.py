@@ -11,6 +11,7 @@ __all__ = ['JUMP', 'Until', 'quiet_fit', 'seed_of', 'generator_of', 'Role', 'gau
 # %% ../nbs/07a1_member.ipynb #51eb17f1
 import random
 from contextlib import contextmanager
+from copy import deepcopy
 from zlib import crc32
 import torch
 from fastai.basics import *
@@ -78,6 +79,7 @@ class Role:
         "Take the part of the checkpoint that is not of training"
         if saved: vars(self).update({k: saved.get(k) for k in ('lineage','spent','change','then')})
 
+    def teacher(self, device): return deepcopy(self.lessons.teacher).to(device)
     def count(self, forward:int, backward:int=0):
         self.spent['forward'] += forward
         self.spent['backward'] += backward

@@ -64,7 +64,8 @@ class Population:
         "Exploit: all become the best"
         return [losses.index(min(losses))]*self.n
 
-    def learned(self, told) -> dict: return {} # from what members tell a teacher; for the journal
+    def learned(self, told, until:int) -> dict: return {} # from what members tell a teacher; for the journal
+    def new_lessons(self): return None # of a teacher
 
 # %% ../nbs/07a3_population.ipynb #2988de8b
 class PBT(Population):
@@ -130,7 +131,7 @@ def write(self:Population):
 @patch
 def open_journal(self:Population):
     "Go on with the journal, or begin one"
-    self.rounds = []
+    self.rounds,self.lessons = [],self.new_lessons()
     if self.resume and self.journal.exists():
         d = load_checkpoint(self.journal)
         refuse_differences(self.journal, d['settings'], self.settings)
@@ -150,7 +151,7 @@ def round(self:Population, until:int, last:bool) -> dict:
     losses = [r['judged'] if math.isfinite(r['judged']) else math.inf for r in reports]
     if min(losses)==math.inf: raise FloatingPointError(f"No member has a finite validation loss behind epoch {until}: lower the learning rate")
     donors = [None]*self.n if last else self.donors(losses, until)
-    return dict(until=until, reports=list(reports), losses=losses, donors=donors, carried=last, **self.learned(told))
+    return dict(until=until, reports=list(reports), losses=losses, donors=donors, carried=last, **self.learned(told, until))
 
 @patch
 def carry_out(self:Population, r:dict):
@@ -171,7 +172,7 @@ def run(self:Population, name:str, n_epoch:int, args:tuple, kwargs:dict):
     odd = first(k for k in ('cbs','reset_opt','start_epoch') if k in kwargs)
     if odd: raise TypeError(f"{odd} is not for a population, whose members are fits that are stopped and go on: put callbacks into the Learner of make_learner")
     inspect.signature(getattr(Learner, name)).bind(None, n_epoch, *args, **kwargs)
-    self.settings['fit'] = f'{name}{(n_epoch,*args)} {kwargs or ""}'
+    self.n_epoch,self.settings['fit'] = n_epoch,f'{name}{(n_epoch,*args)} {kwargs or ""}'
     self.make_members((name,(n_epoch,*args),kwargs))
     self.open_journal()
     done = {r['until'] for r in self.rounds}
