@@ -159,5 +159,5 @@ def draw_factors(self:HPM, ax):
     rounds,made = [r for r in self.rounds if 'factor' in r],self.frame()
     ax.plot([r['until'] for r in rounds], [r['factor'] for r in rounds], color='C1', label='all students')
     if 'factor' in made: ax.plot(made.epoch-self.every, made.factor, 'o', ms=4, color='C1', alpha=0.5, label='copies')
-    ax.set(xlabel='epoch', ylabel='mean |g-1|', ylim=(0,None))
+    ax.set(ylabel='mean |g-1|', ylim=(0,None))
     ax.legend(frameon=False)

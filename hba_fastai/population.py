@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/population.html.md"""
 __all__ = ['Population', 'PBT']
 
 # %% ../nbs/07a3_population.ipynb #fff22ce2
-import inspect,random,tempfile
+import inspect,random,shutil,tempfile,weakref
 import pandas as pd
 from fastai.basics import *
 from .checkpoint import *
@@ -96,10 +96,11 @@ def make_members(self:Population, fit:tuple):
     new = lambda i,folder: Member(i, self.seed, self.make_learner, self.callback, fit, folder, self.judge, self.spread)
     members = [new(i, None) for i in range(self.n)]
     learns = [m.make() for m in members]
+    own = lambda learn: {learn,learn.model,*learn.cbs}
     shapes = [{k: tuple(v.shape) for k,v in get_model(l.model).state_dict().items()} for l in learns]
     for i,l in enumerate(learns):
-        twice = [what for what in ('Learner','model') if any(l is o if what=='Learner' else l.model is o.model for o in learns[:i])]
-        if twice: raise ValueError(f"make_learner gives the same {twice[0]} twice and each member trains its own: make both in it")
+        if twice := first(own(l) & {p for o in learns[:i] for p in own(o)}):
+            raise ValueError(f"make_learner gives the same {type(twice).__name__} twice and each member trains its own: make all of it in make_learner")
         odd = first(k for k in {**shapes[0],**shapes[i]} if shapes[0].get(k)!=shapes[i].get(k))
         if odd: raise ValueError(f"Members 0 and {i} are of different architecture, `{odd}` is {shapes[0].get(odd)} and {shapes[i].get(odd)}: "
             "they copy each other, so make_learner must give one architecture")
@@ -112,8 +113,9 @@ def make_members(self:Population, fit:tuple):
 @patch
 def open_folder(self:Population, learn) -> Path:
     if self.checkpoint is None:
-        self.temporary = tempfile.TemporaryDirectory(prefix='population')
-        return Path(self.temporary.name)
+        folder = Path(tempfile.mkdtemp(prefix='population'))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
     name = os.fspath(self.checkpoint)
     folder = Path(name).expanduser() if os.path.dirname(name) else learn.path/learn.model_dir/name
     if folder.exists() and not folder.is_dir(): raise CheckpointError(f"{folder} is a file and a population writes many: give the name of a folder")
@@ -243,26 +245,29 @@ def frame(self:Population) -> pd.DataFrame:
 @patch
 def draw_losses(self:Population, ax):
     "Losses of the members over the epochs, the winner's lineage in front"
-    epochs,losses = [r['until'] for r in self.rounds],np.array([r['losses'] for r in self.rounds])
-    for i in range(self.n): ax.plot(epochs, losses[:,i], color='0.75', lw=1, marker='.', ms=4)
-    for r,l in zip(self.rounds, losses):
-        for i,k in enumerate(r['donors']):
-            if k not in (None,i): ax.plot([r['until']]*2, [l[i],l[k]], color='0.6', lw=0.8, ls=':')
+    epochs,losses = [r['until'] for r in self.rounds],[r['losses'] for r in self.rounds]
     lineage = self.members[self.winner].read()['lineage']
     who = [[i for since,i in lineage if since<e][-1] for e in epochs]
-    ax.plot(epochs, [l[i] for l,i in zip(losses, who)], color='C0', lw=2, label="the winner and its donors")
-    ax.set(xlabel='epoch', ylabel='validation loss')
+    for j,r in enumerate(self.rounds[:-1]):
+        for i,donor in enumerate(r['donors']):
+            copied = donor not in (None,i)
+            ax.plot(epochs[j:j+2], [losses[j][donor if copied else i],losses[j+1][i]], color='0.7', lw=1, ls='--' if copied else '-', marker='.', ms=4)
+    ax.plot(epochs, [l[i] for l,i in zip(losses, who)], color='C0', lw=2, label='the winner and its donors')
+    ax.set(ylabel='validation loss')
     ax.legend(frameon=False)
 
 @patch
 def plot(self:Population):
     "Draw losses and copies, and where values changed most in the winner's lineage; returns the axes"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
     panels = self.panels()
     _,axs = plt.subplots(len(panels), 1, figsize=(9,1+2.8*len(panels)), sharex=True, squeeze=False, layout='constrained')
     for ax,draw in zip(axs[:,0], panels):
         draw(ax)
         for side in ('top','right'): ax.spines[side].set_visible(False)
+    ax.set_xlabel('epoch')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return axs[:,0]
 
 @patch
