@@ -85,7 +85,7 @@ def mutated(self:Student, teacher, lam) -> tuple: return mutate(teacher, lam, se
 @patch
 def explore(self:Student, key:str) -> dict:
     "Change λ, and let the network follow; what is to be said of it"
-    if self.mutation=='none': return {}
+    if self.mutation=='none' or self.is_late(): return {}
     old,more = self.lam.value,{}
     b = tuple(o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in self.stream.peek())
     with torch.no_grad():
@@ -138,7 +138,7 @@ class HPM(PBT):
         self.sigma = sigma
         self.new_lessons = lambda: Lessons(Teacher(len(self.policies.space), m, form, seed=self.seed), lr) if mutation=='teacher' else None
 
-    def lam_moves(self, until:int) -> bool: return self.moves[0]<=until/self.n_epoch<=self.moves[1]
+    def lam_moves(self, until): return self.moves[0]<=until/self.n_epoch<=self.moves[1]
 
     def donors(self, losses, until):
         "Exploit: truncation selection, where λ moves"

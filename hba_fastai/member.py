@@ -239,7 +239,7 @@ class Member:
 @patch
 def clone(self:Member, d:dict, donor:int, epoch:int):
     "Its file is the checkpoint `d` of another member, or its own, with the λ to be changed when that is loaded"
-    key,report = self.key('clone', epoch),self.where()[1]
+    key,report = self.key('clone', epoch),self.where()[1] or d['report'] # on Ray its own may be elsewhere
     if donor!=self.i: d = reseeded(d, key, self.learn.dls.device if self.learn else 'cpu')
     own = dict(report=report, spent={k: report[k] for k in ('forward','backward')}) # what has been, whoever it is now
     save_checkpoint(self.file, dict(d, **own, then=dict(donor=donor, key=key), lineage=[*d['lineage'],[epoch,self.i]]))

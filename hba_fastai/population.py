@@ -65,6 +65,7 @@ class Population:
         return [losses.index(min(losses))]*self.n
 
     def learned(self, told, until:int) -> dict: return {} # from what members tell a teacher; for the journal
+    def lam_moves(self, until:int) -> bool: return True # Does a copy change its λ behind epoch `until`?
     def new_lessons(self): return None # of a teacher
 
 # %% ../nbs/07a3_population.ipynb #2988de8b
