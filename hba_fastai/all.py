@@ -7,7 +7,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/all.html.md"""
 # %% auto #0
 __all__ = ['PBASpace', 'Space', 'TABLE7', 'OPS', 'Data', 'Policy', 'check_policy', 'PBAPolicy', 'AutoAugment', 'RandAugment',
            'TrivialAugmentWide', 'Schedule', 'ScheduleError', 'from_timm', 'CheckpointError', 'array_dls', 'digits_dls',
-           'HBACallback', 'PolicyCallback', 'ScheduleCallback', 'Verdict', 'hba_verdict']
+           'HBACallback', 'PolicyCallback', 'ScheduleCallback', 'Verdict', 'hba_verdict', 'Population', 'PBT', 'HPM',
+           'fit_on_ray']
 
 # %% ../nbs/09_all.ipynb #15f996bf
 from .space import PBASpace,Space,TABLE7
@@ -23,8 +24,11 @@ from .replay import PolicyCallback,ScheduleCallback
 from .search import HBACallback
 from .plan import n_hyper_steps # with `HBACallback.plan`
 from .verdict import Verdict,hba_verdict
+from .population import Population,PBT
+from .hpm import HPM
+from .on_ray import fit_on_ray
 
 # %% ../nbs/09_all.ipynb #2c4b7975
 _all_ = ['PBASpace','Space','TABLE7','OPS','Data','Policy','check_policy','PBAPolicy','AutoAugment','RandAugment','TrivialAugmentWide',
          'Schedule','ScheduleError','from_timm','CheckpointError','array_dls','digits_dls','HBACallback','PolicyCallback','ScheduleCallback',
-         'Verdict','hba_verdict']
+         'Verdict','hba_verdict','Population','PBT','HPM','fit_on_ray']
