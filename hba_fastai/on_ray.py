@@ -72,17 +72,17 @@ def fit_on_ray(
         quantile_fraction=pop.share, custom_explore_fn=noop)
     run_config = run_config or tune.RunConfig(storage_path=str(pop.members[0].folder.resolve()), failure_config=tune.FailureConfig(max_failures=max_failures))
     train = tune.with_resources(trainable(pop, fit), resources or dict(cpu=1))
-    results = tune.Tuner(train, run_config=run_config, tune_config=tune.TuneConfig(metric='judged', mode='min', num_samples=pop.n, scheduler=scheduler)).fit()
+    tune_config = tune.TuneConfig(metric='judged', mode='min', num_samples=pop.n, scheduler=scheduler, reuse_actors=True) # a new process takes long to import
+    results = tune.Tuner(train, run_config=run_config, tune_config=tune_config).fit()
     take(pop, results)
     return results
 
 def take(pop:Population, results):
     "The last checkpoints of the trials as those of the members of `pop`"
     last = {}
-    for r in results:
+    for i,r in enumerate(results):
         if r.checkpoint is None: continue
-        with r.checkpoint.as_directory() as folder: d = load_checkpoint(Path(folder)/'member.pth')
-        last[d['lineage'][-1][1]] = d
+        with r.checkpoint.as_directory() as folder: last[i] = load_checkpoint(Path(folder)/'member.pth') # a donor's, where the copy came behind the last epoch
     if not last: raise RuntimeError(f"No member has finished an epoch on Ray: {first(str(r.error).splitlines()[-1] for r in results if r.error) or 'no error'}")
     for i,d in last.items(): save_checkpoint(pop.members[i].file, d)
     losses = [last[i]['report']['judged'] if i in last else math.inf for i in range(pop.n)]
