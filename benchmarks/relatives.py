@@ -4,19 +4,25 @@
     python benchmarks/relatives.py digits --seeds 0 1 2
     python benchmarks/relatives.py table
 
-**Branin.** The papers name no synthetic function, so this one is ours. Hyperparameters λ (2,), unbounded; positions u = sigmoid(λ); they mean a point x(λ) = (15·u₁-5, 15·u₂)
-of Branin's domain. *Weights* θ (2,). The training loss of θ under λ is ½|θ-x(λ)|², so the best response is θ*(λ) = x(λ). The validation loss is Branin(θ), which has
-three minima of 0.397887. A training step is SGD at a rate of 0.1. λ starts at N(0, 1.5²), θ at x(λ) + N(0, 1).
+**Branin.** The papers name no synthetic function, so this one is ours. Hyperparameters λ (2,), unbounded; positions u = sigmoid(λ); they mean a point
+x(λ) = (15·u₁-5, 15·u₂) of Branin's domain. *Weights* θ (2,). The training loss of θ under λ is ½|θ-x(λ)|², so the best response is θ*(λ) = x(λ). The
+validation loss is Branin(θ), which has three minima of 0.397887. A training step is SGD at a rate of 0.1. λ starts at N(0, 1.5²), θ at x(λ) + N(0,
+1).
 
-A network that *responds* is θ̂(λ') = θ + R(λ'-λ), R (2,2) from 0: its training step takes the mean over 8 ε ~ N(0, 1) of ½|θ̂(λ+ε)-x(λ+ε)|², its hyper-step (every 4 steps, behind the first
-10%) is Adam at 0.1 along Rᵀ∇Branin(θ), and θ moves by R·Δλ with λ, as in the package. Selections are every 10 steps, and by the validation loss. Each way has 2,000 passes: a forward pass
-is 1, a backward pass is 1; a training step and a hyper-step are 2, a comparison of n members is n, what one member tells a teacher is 2. n = 10; truncation 20%.
+A network that *responds* is θ̂(λ') = θ + R(λ'-λ), R (2,2) from 0: its training step takes the mean over 8 ε ~ N(0, 1) of ½|θ̂(λ+ε)-x(λ+ε)|², its
+hyper-step (every 4 steps, behind the first 10%) is Adam at 0.1 along Rᵀ∇Branin(θ), and θ moves by R·Δλ with λ, as in the package. Selections are
+every 10 steps, and by the validation loss. Each way has 2,000 passes: a forward pass is 1, a backward pass is 1; a training step and a hyper-step are
+2, a comparison of n members is n, what one member tells a teacher is 2. n = 10; truncation 20%.
 
-* random search: 20 λ, trained for 50 steps each; * PBT: factors 0.8 or 1.2 on positions; * Algorithm 2: σ = 1, σ' = 0.01 of the rms of θ;
-* hypergradient: one network with all of the passes; GB-HPO + RS: 10 of them, no copies; * HPM, its forms, and its ablations: as in `hba_fastai.hpm`.
+* random search: 20 λ, trained for 50 steps each
+* PBT: factors 0.8 or 1.2 on positions
+* Algorithm 2: σ = 1, σ' = 0.01 of the rms of θ
+* hypergradient: one network with all of the passes; GB-HPO + RS: 10 of them, no copies
+* HPM, its forms, and its ablations: as in `hba_fastai.hpm`.
 
-**Digits.** 500 training images, 500 of validation, the others test, batches of 50, flips and crops none, `digits_net`, one cycle at 1e-2, under the default policy. HBA: one fit of 30 epochs. Algorithm 2 (`Population`):
-n = 4 and 8 at the same number of forward and backward passes of images, all told, and n = 4 at the same number of epochs. What each found is replayed with a new network for 30 epochs.
+**Digits.** 500 training images, 500 of validation, the others test, batches of 50, flips and crops none, `digits_net`, one cycle at 1e-2, under the
+default policy. HBA: one fit of 30 epochs. Algorithm 2 (`Population`): n = 4 and 8 at the same number of forward and backward passes of images, all
+told, and n = 4 at the same number of epochs. What each found is replayed with a new network for 30 epochs.
 
 results/relatives.jsonl: problem, way, seed, and loss, passes (Branin); error, replayed, passes, seconds (digits).
 """
@@ -118,10 +124,12 @@ def random_search(seed):
 
 WAYS = {'random search': random_search, 'PBT': lambda s: population(s, 'pbt'), 'Algorithm 2': lambda s: population(s, 'best'),
         'hypergradient': lambda s: searched(s, n=1, share=0), 'GB-HPO + RS': lambda s: searched(s, share=0),
-        '**HPM**': searched, 'HPM without learned mutation': lambda s: searched(s, mutation='gradient'), 'HPM that only copies': lambda s: searched(s, mutation='none'),
+        '**HPM**': searched, 'HPM without learned mutation': lambda s: searched(s, mutation='gradient'),
+        'HPM that only copies': lambda s: searched(s, mutation='none'),
         'HPM without hyper-training': lambda s: searched(s, hyper=False)}
 FORMS = {'of logits': dict(of='logit'), 'LeakyReLU': dict(form='leaky_relu'), 'LeakyReLU of logits': dict(of='logit', form='leaky_relu'),
-         'm=2': dict(m=2), 'm=32': dict(m=32), 'rate 0.01': dict(lr=0.01), 'rate 0.2': dict(lr=0.2), 'rate 1': dict(lr=1.), 'bound 0.3': dict(bound=0.3), 'bound 3': dict(bound=3.)}
+         'm=2': dict(m=2), 'm=32': dict(m=32), 'rate 0.01': dict(lr=0.01), 'rate 0.2': dict(lr=0.2), 'rate 1': dict(lr=1.),
+         'bound 0.3': dict(bound=0.3), 'bound 3': dict(bound=3.)}
 WAYS.update({f'HPM, {name}': (lambda s, kw=kw: searched(s, **kw)) for name,kw in FORMS.items()})
 
 def lines(): return [json.loads(l) for l in FILE.read_text().splitlines()] if FILE.exists() else []
@@ -134,8 +142,8 @@ def pm(v, digits=2): return '{:.{d}f} ± {:.{d}f}'.format(*mean_se(v), d=digits)
 
 def branin_table():
     rs = runs('branin')
-    out = ['## Branin','','Validation loss of the winner above the optimum, 2,000 passes each: median, mean ± standard error over seeds, and in how many it is below 0.1; |g-1| of the copies in the first 40% of the passes and later.','',
-           *head('way','median','mean','below 0.1','early','late')]
+    out = ['## Branin','','Validation loss of the winner above the optimum, 2,000 passes each: median, mean ± standard error over seeds, and in how many it is '
+           'below 0.1; |g-1| of the copies in the first 40% of the passes and later.','', *head('way','median','mean','below 0.1','early','late')]
     for way in WAYS:
         r = [v for (w,_),v in rs.items() if w==way]
         if not r: continue
@@ -177,15 +185,18 @@ def digits(way, seed, epochs=30):
 def digits_table():
     rs = runs('digits')
     if not rs: return []
-    out = ['## Digits','','Error in percent on unseen digits: mean ± standard error over seeds.','',*head('search','its own network','its schedule, replayed','passes of images','CPU s','seeds')]
+    out = ['## Digits','','Error in percent on unseen digits: mean ± standard error over seeds.','',
+           *head('search','its own network','its schedule, replayed','passes of images','CPU s','seeds')]
     for way in DIGITS:
         r = [v for (w,_),v in rs.items() if w==way]
-        if r: out.append(f"| {way} | {pm([v['error'] for v in r])} | {pm([v['replayed'] for v in r])} | {np.mean([v['passes'] for v in r]):,.0f} | {np.mean([v['seconds'] for v in r]):.0f} | {len(r)} |")
+        of = lambda k: [v[k] for v in r]
+        if r: out.append(f"| {way} | {pm(of('error'))} | {pm(of('replayed'))} | {np.mean(of('passes')):,.0f} | {np.mean(of('seconds')):.0f} | {len(r)} |")
     return out+['']
 
 def table():
     env = [l['environment'] for l in lines() if 'environment' in l]
-    FILE.with_suffix('.md').write_text('\n'.join(["What the problems are: the head of `benchmarks/relatives.py`.",'',*branin_table(),*digits_table(),*made_by(env)]))
+    out = ["What the problems are: the head of `benchmarks/relatives.py`.",'',*branin_table(),*digits_table(),*made_by(env)]
+    FILE.with_suffix('.md').write_text('\n'.join(out))
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()

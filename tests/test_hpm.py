@@ -113,8 +113,9 @@ def test_a_copy_goes_on_where_the_teacher_sends_it_and_its_network_follows():
             assert step==pytest.approx(made[(made.epoch==e+1)&(made.member==i)].moved.item(), rel=1e-4)
     assert pop.lessons.teacher.W.abs().max()>0.5>0.1>lessons.teacher.W.abs().max() # it has learned
 
-@pytest.mark.parametrize('kw', [dict(mutation='gradient'), dict(hyper_training=False), dict(share=0, mutation='none', spread=1.5), dict(of='logit', form='leaky_relu'),
-                                dict(centred=False, condition='lambda', strategy='conv')])
+@pytest.mark.parametrize('kw', [
+    dict(mutation='gradient'), dict(hyper_training=False), dict(share=0, mutation='none', spread=1.5),
+    dict(of='logit', form='leaky_relu'), dict(centred=False, condition='lambda', strategy='conv')])
 def test_ablations_and_forms(kw):
     pop = hpm(n=2, **{'share': 0.5, **kw})
     f,lams = pop.frame(),[m.read()['search']['lams'] for m in pop.members]
