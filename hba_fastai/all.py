@@ -8,8 +8,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/all.html.md"""
 __all__ = ['PBASpace', 'Space', 'TABLE7', 'OPS', 'Data', 'Policy', 'check_policy', 'PBAPolicy', 'AutoAugment', 'RandAugment',
            'TrivialAugmentWide', 'Dropout', 'ColorJitter', 'CutoutHoles', 'InputDropout', 'InputScale',
            'LabelSmoothing', 'Schedule', 'ScheduleError', 'from_timm', 'CheckpointError', 'array_dls', 'digits_dls',
-           'HBACallback', 'PolicyCallback', 'ScheduleCallback', 'Verdict', 'hba_verdict', 'STN_STATS', 'STNRates',
-           'stn_alexnet', 'stn_learner', 'stn_policy', 'stn_space']
+           'HBACallback', 'PolicyCallback', 'ScheduleCallback', 'Verdict', 'hba_verdict', 'Population', 'PBT', 'HPM',
+           'fit_on_ray', 'STN_STATS', 'STNRates', 'stn_alexnet', 'stn_learner', 'stn_policy', 'stn_space']
 
 # %% ../nbs/09_all.ipynb #15f996bf
 from .space import PBASpace,Space,TABLE7
@@ -29,9 +29,12 @@ from .search import HBACallback
 from .plan import n_hyper_steps # with `HBACallback.plan`
 from .verdict import Verdict,hba_verdict
 from .stn import STN_STATS,STNRates,stn_alexnet,stn_learner,stn_policy,stn_space # with `HBACallback.stn`
+from .population import Population,PBT
+from .hpm import HPM
+from .on_ray import fit_on_ray
 
 # %% ../nbs/09_all.ipynb #2c4b7975
 _all_ = ['PBASpace','Space','TABLE7','OPS','Data','Policy','check_policy','PBAPolicy','AutoAugment','RandAugment','TrivialAugmentWide',
          'Dropout','ColorJitter','CutoutHoles','InputDropout','InputScale','LabelSmoothing',
          'Schedule','ScheduleError','from_timm','CheckpointError','array_dls','digits_dls','HBACallback','PolicyCallback','ScheduleCallback',
-         'Verdict','hba_verdict','STN_STATS','STNRates','stn_alexnet','stn_learner','stn_policy','stn_space']
+         'Verdict','hba_verdict','Population','PBT','HPM','fit_on_ray','STN_STATS','STNRates','stn_alexnet','stn_learner','stn_policy','stn_space']

@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/verdict.html.md"""
 __all__ = ['AS_IT_IS', 'FINE_TUNING', 'ARMS', 'wilson', 'mcnemar', 'Verdict', 'wrong_on', 'Trial', 'hba_verdict']
 
 # %% ../nbs/07d_verdict.ipynb #a4ae2fe7
-import html,math,random,time,warnings
+import html,math,time,warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -23,10 +23,11 @@ from fastai.data.core import DataLoaders
 from .checks import refuse_learner
 from .folds import FoldedImages
 from .items import first_few,upper_first
+from .member import quiet_fit
 from .pba import PBAPolicy
 from .replay import PolicyCallback
 from .search import HBACallback
-from .stream import inner_dl,own_draws
+from .stream import own_draws
 
 # %% ../nbs/07d_verdict.ipynb #04415ac7
 def wilson(
@@ -102,17 +103,6 @@ def wrong_on(learn, dl) -> np.ndarray: # (n,)
     return np.concatenate(wrong)
 
 # %% ../nbs/07d_verdict.ipynb #a138d378
-@contextmanager
-def _quiet_fit(learn, key:str):
-    "Within, `learn` trains without a line of output and draws from `key`; afterwards its loaders are as before"
-    inner = [dl for dl in map(inner_dl, learn.dls.loaders) if hasattr(dl, 'rng')]
-    rngs = [dl.rng for dl in inner]
-    with own_draws(key), learn.no_bar(), learn.no_logging():
-        for i,dl in enumerate(inner): dl.rng = random.Random(f'{key} {i}')
-        try: yield
-        finally:
-            for dl,rng in zip(inner, rngs): dl.rng = rng
-
 def _seconds(s:float) -> str: return f'{s:.0f} s' if s<100 else f'{s/60:.0f} min' if s<6000 else f'{s/3600:.1f} h'
 
 class Trial:
@@ -141,7 +131,7 @@ class Trial:
     def train(self, learn, i:int, cbs:list):
         "One whole fit, with the streams of fold `i`"
         t = time.perf_counter()
-        with _quiet_fit(learn, f'verdict {self.seed} {i}'): self.fit(learn, cbs)
+        with quiet_fit(learn, f'verdict {self.seed} {i}'): self.fit(learn, cbs)
         self.seconds.append(time.perf_counter()-t)
         self.left -= 1
 
@@ -178,7 +168,7 @@ def fine_tuned(self:Trial, i:int) -> Learner:
     learn.model.load_state_dict(self.state)
     try:
         learn.dls = DataLoaders(self.images.endless(learn, idxs, max(self.watch.n_batches//10, 1)), self.images.loader(learn, idxs))
-        with _quiet_fit(learn, f'verdict {self.seed} {i}'):
+        with quiet_fit(learn, f'verdict {self.seed} {i}'):
             learn.opt = None
             learn.unfreeze()
             learn.fit_one_cycle(1, self.watch.rates/10)

@@ -1,0 +1,221 @@
+"A population: who becomes whose copy, when, with what; stopped anywhere it comes to the same end; bad input is refused in a sentence"
+import os,signal
+from types import SimpleNamespace
+import pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import Learner # with `fit_one_cycle`
+from conftest import small_net
+from hba_fastai.data import digits_dls
+from hba_fastai.hpm import HPM
+from hba_fastai.lam import Hyperparameters
+from hba_fastai.member import JUMP,Member,gaussian
+from hba_fastai.population import PBT,Population
+from hba_fastai.space import PBASpace,Space
+from hba_fastai.transform import PolicyTransform
+
+KINDS = {'algorithm 2': Population, 'pbt': PBT, 'hpm': HPM}
+
+class Watch(Callback):
+    "Notes λ and the images of each training batch: `seen[epoch]` is a list of (λ, images)"
+    order,run_valid = 16,False
+    def __init__(self): self.seen = {}
+    def before_batch(self):
+        tfm = next(t for t in self.dls.train.after_batch.fs if isinstance(t, PolicyTransform))
+        self.seen.setdefault(self.learn.epoch, []).append((tfm.lam().clone(),self.learn.xb[0].clone()))
+
+DLS = digits_dls(60, 40, bs=20, size=8)
+
+def learner(*cbs, n=10): return Learner(DLS, small_net(n=n), cbs=[Watch(),*cbs])
+
+def population(kind='pbt', make=learner, n=4, **kwargs):
+    pop = KINDS[kind](make, n, share=0.25, **kwargs) if kind!='algorithm 2' else Population(make, n, judge=20, **kwargs)
+    pop.logger = lambda line: None
+    return pop
+
+def fit(pop, epochs=3):
+    pop.fit_one_cycle(epochs, 1e-2)
+    return pop
+
+def watched(pop): return [m.learn.cbs[[type(o) for o in m.learn.cbs].index(Watch)].seen for m in pop.members]
+
+def end_of(pop): return [m.read() for m in pop.members]
+
+def same(a, b):
+    "Are two checkpoints equal, but for the day and what they are called?"
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return a.keys()==b.keys() and all(same(v, b[k]) for k,v in a.items() if k!='provenance')
+    if isinstance(a, (list,tuple)): return len(a)==len(b) and all(map(same, a, b))
+    return a==b or a!=a and b!=b
+
+def test_truncation_copies_the_best_over_the_worst_and_the_next_batch_has_the_new_values():
+    "λ is set when the donor's state has been loaded: a restore that comes later would silently undo it"
+    pop = fit(population(every=2), 6)
+    assert [r['until'] for r in pop.rounds]==[2,4,6]
+    seen,space = watched(pop),PBASpace()
+    for r in pop.rounds[:-1]:
+        e,losses = r['until'],r['losses']
+        worst,best = losses.index(max(losses)),losses.index(min(losses))
+        assert r['donors']==[best if i==worst else None for i in range(4)]
+        last = [seen[i][e-1][-1][0] for i in range(4)]
+        for i in range(4):
+            new = seen[i][e][0][0]
+            if i!=worst: assert torch.equal(new, last[i])
+            else:
+                ratio = space.values(new.double())/space.values(last[best].double())
+                assert ((ratio-0.8).abs().minimum((ratio-1.2).abs())<1e-4).sum()>=50 and (ratio-1).abs().min()>0.01 # but for what is at its bound
+    assert pop.rounds[-1]['donors']==[None]*4
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_copy_has_all_of_its_donor_but_its_random_streams(kind, monkeypatch):
+    copies,plain = [],Member.clone
+    def clone(self, d, donor, epoch):
+        plain(self, d, donor, epoch)
+        if donor!=self.i: copies.append((d,self.read()))
+    monkeypatch.setattr(Member, 'clone', clone)
+    fit(population(kind, warmup=0.) if kind=='hpm' else population(kind), 2)
+    for d,c in copies:
+        for part in ('model','opt','scaler'): assert same(d['training'][part], c['training'][part])
+        for part in ('lam','net','phi_state','policies','at','lams','clock'): assert same(d['search'][part], c['search'][part])
+        assert not same(d['training']['rng'], c['training']['rng']) and d['training']['train_rng']!=c['training']['train_rng']
+        assert d['search']['seed']!=c['search']['seed'] and not same(d['search']['generators'], c['search']['generators'])
+        assert c['lineage'][:-1]==d['lineage']
+    assert len(copies)==(3 if kind=='algorithm 2' else 1)
+
+def test_members_see_other_orders_and_a_seed_gives_them_again():
+    a,b,c = (fit(population(seed=s), 2) for s in (0,0,1))
+    assert a.rounds==b.rounds and all(map(same, end_of(a), end_of(b))) and a.rounds!=c.rounds
+    first = [seen[0][0][1] for seen in watched(a)]
+    assert not any(torch.equal(first[i], first[j]) for i in range(4) for j in range(i))
+    assert DLS.train.rng is not None and a.schedule==b.schedule!=c.schedule
+
+def test_noise_of_algorithm_2_is_relative_to_each_tensor():
+    cb = SimpleNamespace(learn=learner(), lam=Hyperparameters(torch.zeros(1000)))
+    cb.learn.model[0].weight.data *= 100
+    old = [p.detach().clone() for p in cb.learn.model.parameters()]
+    gaussian(cb, torch.Generator().manual_seed(0), 0.5, 0.1)
+    assert abs(cb.lam.value.std()-0.5)<5*0.5/2000**0.5
+    for p,o in zip(cb.learn.model.parameters(), old):
+        rms,n = o.square().mean().sqrt(),p.numel()
+        if rms==0: assert torch.equal(p, o) # a bias that has not begun
+        elif n>=200: assert abs((p-o).std()/rms-0.1)<5*0.1/(2*n)**0.5
+
+class PowerCut(BaseException): pass
+
+class Cut(Callback):
+    "Stops the member whose training is number `n`, in its last batch but one"
+    count,run_valid = 0,False
+    def __init__(self, n, how): self.at,self.how = n,how
+    def before_batch(self):
+        Cut.count += 1
+        if Cut.count==self.at: self.how()
+
+def cut(): raise PowerCut('power cut')
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+
+@pytest.mark.parametrize('kind,at', [('pbt',5), ('hpm',17)])
+def test_stopped_anywhere_it_comes_to_the_same_end(kind, at, tmp_path):
+    kw = dict(n=3, warmup=0.1) if kind=='hpm' else dict(n=3)
+    whole = fit(population(kind, **kw))
+    Cut.count = 0
+    with pytest.raises(PowerCut): fit(population(kind, lambda: learner(Cut(at, cut)), checkpoint=tmp_path/'pop', **kw))
+    again = fit(population(kind, checkpoint=tmp_path/'pop', resume=True, **kw))
+    assert same(again.rounds, whole.rounds) and all(map(same, end_of(whole), end_of(again))) and whole.schedule==again.schedule
+    assert all(torch.equal(p, q) for p,q in zip(whole.best.model.state_dict().values(), again.best.model.state_dict().values()))
+
+@pytest.mark.parametrize('where', ['training','copying'])
+def test_killed_it_comes_to_the_same_end(where, tmp_path, monkeypatch):
+    "By SIGKILL, in the middle of an epoch, and where some of the copies are made"
+    whole = fit(population('algorithm 2', n=3))
+    pid = os.fork()
+    if not pid:
+        try:
+            Cut.count = 0
+            count,plain = [],Member.clone
+            def clone(self, *args):
+                count.append(0)
+                if where=='copying' and len(count)==5: kill()
+                plain(self, *args)
+            monkeypatch.setattr(Member, 'clone', clone)
+            fit(population('algorithm 2', lambda: learner(Cut(14, kill if where=='training' else int)), n=3, checkpoint=tmp_path/'pop'))
+        finally: os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==-signal.SIGKILL
+    again = fit(population('algorithm 2', n=3, checkpoint=tmp_path/'pop', resume=True))
+    assert same(again.rounds, whole.rounds) and all(map(same, end_of(whole), end_of(again)))
+
+def test_a_finished_population_stays_finished_and_another_is_refused(tmp_path):
+    a = fit(population(checkpoint=tmp_path/'pop'), 2)
+    b = fit(population(checkpoint=tmp_path/'pop', resume=True), 2)
+    assert a.rounds==b.rounds and a.schedule==b.schedule
+    for kw,epochs,says in ((dict(seed=3), 2, 'seed=0 and this search has 3'), (dict(every=2), 2, 'every=1 and'), ({}, 3, 'fit=')):
+        with pytest.raises(ValueError, match=says): fit(population(checkpoint=tmp_path/'pop', resume=True, **kw), epochs)
+    assert all(map(same, end_of(a), end_of(b)))
+
+def test_the_lineage_is_the_schedule():
+    pop = fit(population('algorithm 2', n=2), 3)
+    s,seen,lineage = pop.schedule,watched(pop),pop.schedule.provenance['lineage']
+    assert len(lineage)==3 and s.progress.tolist()==pytest.approx([0,1/3,(1+JUMP)/3,2/3,(2+JUMP)/3,1], abs=1e-12)
+    for e,(since,i) in enumerate(lineage):
+        assert since==e and torch.allclose(s.lam((e+0.5)/3), seen[i][e][0][0], atol=1e-4)
+    assert pop.best.hba_schedule==s and not any(isinstance(t, PolicyTransform) for t in DLS.train.after_batch.fs)
+
+SAME = learner()
+BAD = { # arguments of `population`, and of its fit; error, and what it says
+    'n': (dict(n=1), ValueError, 'n=1 is the number of members'),
+    'no function': (dict(make=SAME), TypeError, 'make_learner is a Learner'),
+    'no learner': (dict(make=small_net), TypeError, 'gives a Sequential'),
+    'one object': (dict(make=lambda: SAME), ValueError, 'the same (Learner|Sequential|Watch|TrainEvalCallback) twice'),
+    'one model': (dict(make=lambda: Learner(DLS, SAME.model)), ValueError, 'the same Sequential twice'),
+    'one callback': (dict(make=lambda: Learner(DLS, small_net(), cbs=SAME.cbs[-1])), ValueError, 'the same Watch twice'),
+    'space': (dict(policy=Space(noise=(0,1))), TypeError, 'is no policy: give objects'),
+    'every': (dict(every=0), ValueError, 'every=0 must be a whole number'),
+    'resume': (dict(resume=True), ValueError, 'resume=True needs the name of a folder'),
+    'argument': (dict(hlr=0.1), TypeError, "unexpected keyword argument 'hlr'"),
+    'valid': (dict(kind='hpm', valid=0.2), ValueError, 'valid=0.2 holds other images out'),
+    'mutation': (dict(kind='hpm', mutation='no'), ValueError, "mutation='no' is unknown"),
+    'sigma': (dict(kind='hpm', sigma=0.), ValueError, 'sigma=0.0 and bound'),
+    'rate': (dict(kind='hpm', hlr=-1.), ValueError, 'hlr=-1.0 is a learning rate'), 'm': (dict(kind='hpm', m=1), ValueError, 'm=1 is the number of patterns')}
+
+@pytest.mark.parametrize('what', BAD)
+def test_bad_input(what):
+    kw,error,says = BAD[what]
+    with pytest.raises(error, match=says): fit(population(**kw), 1)
+
+def test_the_share_that_is_replaced():
+    with pytest.raises(ValueError, match='share=0.7 is the part of members that are replaced'): PBT(learner, share=0.7)
+
+def test_members_of_different_architecture():
+    sizes = iter((10,10,12,10))
+    with pytest.raises(ValueError, match='Members 0 and 2 are of different architecture, `8.weight` is .10, 16. and .12, 16.'):
+        fit(population(make=lambda: learner(n=next(sizes))))
+
+@pytest.mark.parametrize('kw,says', [(dict(cbs=[]),'cbs is not for a population'), (dict(momentum=3),'unexpected keyword')])
+def test_arguments_of_the_fit(kw, says):
+    with pytest.raises(TypeError, match=says): population().fit(2, **kw)
+
+def test_a_member_that_diverges_is_replaced_and_all_are_an_error():
+    class Nan(Callback):
+        def __init__(self, i): self.i = i
+        def after_pred(self):
+            if self.i: self.learn.pred = self.learn.pred*float('nan')
+    which = iter((0,1,0,0))
+    pop = fit(population(make=lambda: learner(Nan(next(which)))), 2)
+    assert pop.rounds[0]['donors'][1] not in (None,1)
+    with pytest.raises(FloatingPointError, match='No member has a finite validation loss behind epoch 1'): fit(population(make=lambda: learner(Nan(1))), 1)
+
+@pytest.mark.slow
+def test_processes_give_the_same_and_one_that_is_killed_is_started_again(tmp_path, monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    here = fit(population(n=2), 2)
+    def make():
+        flag = tmp_path/'killed'
+        def die():
+            if flag.exists(): return
+            flag.touch()
+            kill()
+        class Once(Callback):
+            def before_batch(self):
+                if self.training and self.learn.epoch==1 and 'SPAWNED' in os.environ: die()
+        return learner(Once())
+    monkeypatch.setenv('SPAWNED', '1')
+    there = fit(population(make=make, n=2, processes=2), 2)
+    assert (tmp_path/'killed').exists() and here.rounds==there.rounds and all(map(same, end_of(here), end_of(there)))
