@@ -52,7 +52,7 @@ class Clock:
 @patch
 def with_corners(self:Clock, points:list) -> list: # Of λ at the ends of epochs, [(epochs of the course, λ)]
     "`points`, and those within an epoch where λ begins and stops to move"
-    new = lambda at: points[0][0]<at<points[-1][0] and all(abs(at-a)>1e-6 for a,_ in points)
+    new = lambda at: at is not None and points[0][0]<at<points[-1][0] and all(abs(at-a)>1e-6 for a,_ in points)
     begins = [(self.wait, [lam for a,lam in points if a<self.wait][-1])] if new(self.wait) else []
     stops = [(self.until, first(lam for a,lam in points if a>self.until))] if new(self.until) else []
     return sorted(points+begins+stops, key=lambda o: o[0])

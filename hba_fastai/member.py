@@ -247,6 +247,8 @@ def clone(self:Member, d:dict, donor:int, epoch:int):
 def schedule_of(d:dict, policies:Policies, sigma:float) -> Schedule: # `d`: a checkpoint
     "The schedule that a member and the donors before it had"
     s = d['search']
-    total,lineage = s['course']['total'],dict(lineage=d['lineage'])
-    return Schedule([min(a/total, 1.) for a in s['at']], policies.space.values(s['lams']), sigma, {**d['provenance'], **lineage, 'epochs': total},
+    total,lineage,clock = s['course']['total'],dict(lineage=d['lineage']),Clock(1)
+    vars(clock).update(s['clock'])
+    at,lams = zip(*clock.with_corners(list(zip(s['at'], s['lams'].cpu()))))
+    return Schedule([min(a/total, 1.) for a in at], policies.space.values(torch.stack(lams)), sigma, {**d['provenance'], **lineage, 'epochs': total},
                     policies.skip, s['inactive'], policies.limits, {p.name: p.space for p in policies.parts})
