@@ -3,7 +3,8 @@
     python benchmarks/soak.py --searches 200 --files 10000    # writes results/soak.md
 
 One process makes searches and replays on digits, one after the other, each with a Learner, a checkpoint and a schedule of its own; every tenth is stopped by
-Ctrl-C within a batch, and every tenth ends in an error of another callback. Memory, open files, threads and living Learners are read behind a collection of garbage.
+Ctrl-C within a batch, and every tenth ends in an error of another callback.
+Memory, open files, threads and living Learners are read behind a collection of garbage.
 Then schedule and checkpoint files are damaged at random: each must be read as a sound one or be refused by our own error.
 """
 import argparse,gc,os,random,tempfile,threading,time,warnings
@@ -89,7 +90,9 @@ if __name__=='__main__':
         checkpoint = min((d/'models').glob('*.pth'))
         kinds = {'schedule': (d/'s.json', Schedule.load, ScheduleError), 'checkpoint': (checkpoint, lambda f: load_checkpoint(f, 'cpu'), CheckpointError)}
         files = {kind: read_damaged(f.read_bytes(), read, error, f, a.files, rng) for kind,(f,read,error) in kinds.items()}
+    seconds = f'{time.process_time()-start:.0f} CPU seconds.'
     lines = ['| searches and replays | '+' | '.join(rows[1])+' |', '| --- '*(len(rows[1])+1)+'|',
-             *[f"| {i} | {' | '.join(map(str, r.values()))} |" for i,r in rows.items()], '', '| damaged files | read as sound | refused by our error | other errors |', '| --- | --- | --- | --- |',
-             *[f"| {a.files} of a {kind} | {n['read']} | {n['refused']} | 0 |" for kind,n in files.items()], '', f'{time.process_time()-start:.0f} CPU seconds.', '']
+             *[f"| {i} | {' | '.join(map(str, r.values()))} |" for i,r in rows.items()], '',
+             '| damaged files | read as sound | refused by our error | other errors |', '| --- | --- | --- | --- |',
+             *[f"| {a.files} of a {kind} | {n['read']} | {n['refused']} | 0 |" for kind,n in files.items()], '', seconds, '']
     (RESULTS/'soak.md').write_text('\n'.join([*lines, *made_by([environment()])]))

@@ -97,10 +97,11 @@ def make_members(self:Population, fit:tuple):
     new = lambda i,folder: Member(i, self.seed, self.make_learner, self.callback, fit, folder, self.judge, self.spread)
     members = [new(i, None) for i in range(self.n)]
     learns = [m.make() for m in members]
-    own = lambda learn: {learn,learn.model,*learn.cbs}
+    own = lambda learn: [learn,learn.model,*learn.cbs]
     shapes = [{k: tuple(v.shape) for k,v in get_model(l.model).state_dict().items()} for l in learns]
     for i,l in enumerate(learns):
-        if twice := first(own(l) & {p for o in learns[:i] for p in own(o)}):
+        before = {id(p) for o in learns[:i] for p in own(o)}
+        if twice := first(p for p in own(l) if id(p) in before):
             raise ValueError(f"make_learner gives the same {type(twice).__name__} twice and each member trains its own: make all of it in make_learner")
         odd = first(k for k in {**shapes[0],**shapes[i]} if shapes[0].get(k)!=shapes[i].get(k))
         if odd: raise ValueError(f"Members 0 and {i} are of different architecture, `{odd}` is {shapes[0].get(odd)} and {shapes[i].get(odd)}: "
