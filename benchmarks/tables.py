@@ -146,9 +146,10 @@ def lines_of(scale, folder=RESULTS/'paper') -> list:
     return [json.loads(l) for l in f.read_text().splitlines()] if f.exists() else []
 
 def of_row(row, lines) -> dict: # {'search': lines, 'training': lines}
-    "The results of a row"
+    "The results of a row; none before its training is done, since a search is shared by many rows"
     mine = [l for l in lines if l['search']==row.search]
-    return {part: [l for l in mine if l['part']==part and (part=='search' or l['training']==row.training)] for part in ('search','training')}
+    training = [l for l in mine if l['part']=='training' and l['training']==row.training]
+    return dict(search=[l for l in mine if l['part']=='search'] if training or not row.training else [], training=training)
 
 def spread(v) -> str:
     "Mean ± standard deviation, and the number of runs"
@@ -181,7 +182,7 @@ def state_of(row, whole, few) -> str:
     "Reproduced, in small, or not yet"
     judged = 'training' if row.training else 'search'
     n = sum(not l['data'].endswith('JPEG') for l in whole[judged]) # another data set, however alike, is no reproduction
-    state = f'**reproduced**, {n} of {SEEDS} seeds' if n else 'in full, on CIFAR-10 as JPEG' if whole[judged] else 'in small' if few['search'] else 'not yet'
+    state = f'**reproduced**, {n} of {SEEDS} seeds' if n else 'in full, on CIFAR-10 as JPEG' if whole[judged] else 'in small' if few[judged] else 'not yet'
     return state if n>=SEEDS else f'{state}; in full about {hours_of_row(row):,.0f} GPU hours'
 
 def compared(table:str, folder=RESULTS/'paper') -> str:
