@@ -68,6 +68,7 @@ class Rates(NamedTuple):
 
 def rate_space(rates) -> Space:
     "The space of the rates of dropout layers, which starts at `rates`"
+    if not isinstance(rates, (list,tuple)): raise TypeError(f"Dropout({rates!r:.40}) gives one rate and each layer has its own: give a list, such as [0.1,0.5]")
     odd = [p for p in rates if not (isinstance(p, Real) and 0<=p<=1)]
     if odd: raise ValueError(f"Dropout has {odd[0]!r} among its rates, which are shares of what is dropped: give numbers from 0 to {LIMIT}")
     return Space({f'dropout_{i}': (0, LIMIT, min(max(p/LIMIT, 0.02), 0.98)) for i,p in enumerate(rates)})
@@ -97,7 +98,7 @@ def layers(self:Dropout, model:nn.Module) -> list: # [(name, layer)]
     if not found: raise ValueError(f"Dropout finds no nn.Dropout, 1d, 2d or 3d with a rate above 0 in {type(model).__name__}: give it one, such as "
         "`nn.Dropout(0.05)` (F.dropout, DropPath and the dropout within attention are not found)")
     if not self.waits and len(found)!=len(self.space):
-        raise ValueError(f"There are {len(self.space)} rates of dropout, and {type(model).__name__} has {len(found)} dropout layers with a rate above 0: "
+        raise ValueError(f"There are {len(self.space)} rates of dropout, and {type(model).__name__} has {len(found)} dropout layer{'s'[:len(found)!=1]} with a rate above 0: "
             "use a model with as many, or search with it anew")
     return found
 
@@ -155,7 +156,7 @@ def set_rates(model:nn.Module, schedule, pct:float=1.) -> nn.Module:
     "See `Schedule.apply_to`"
     space = schedule.spaces.get('Dropout')
     if space is None: raise ValueError(f"The schedule holds the hyperparameters of {' and '.join(schedule.spaces)} and no rates of dropout: "
-        "search with `policy=PBAPolicy()+Dropout()`")
+        "search with `Dropout()` as one of the policies")
     policy,values = Dropout([0.]*len(space)),schedule.values(pct)
     for name,(_,m) in zip(space.names, policy.layers(model)): m.p = values[name]
     return model

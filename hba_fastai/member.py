@@ -175,6 +175,7 @@ class PlainMember(PolicyCallback):
 
     def tell(self): pass
     def after_batch(self):
+        PolicyCallback.after_batch(self)
         n = len(self.learn.xb[0])
         self.role.count(n, n)
 

@@ -33,7 +33,7 @@ def trainable(
     pop:Population, fit:tuple # (name of a method of Learner, arguments, more arguments); the first argument is the number of epochs
 ):
     "A function for `ray.tune.Tuner`: one member of `pop`"
-    new = partial(Member, seed=pop.seed, make_learner=pop.make_learner, callback=pop.callback, fit=fit, judge=pop.judge, spread=pop.spread)
+    new = partial(Member, seed=pop.seed, make_learner=pop.make_learner, callback=pop.members[0].callback, fit=fit, judge=pop.judge, spread=pop.spread)
     lessons,n_epoch,tune = pop.new_lessons(),fit[1][0],_ray_tune()
     def train(config):
         i = int(tune.get_context().get_trial_id().rsplit('_', 1)[-1])

@@ -54,8 +54,9 @@ class Population:
         "What all populations need"
         _check(make_learner, n, every, judge, processes)
         if resume and not checkpoint: raise ValueError("resume=True needs the name of a folder and none is given: say `checkpoint='population'`")
-        inspect.signature(callback).bind_partial(**given, **kwargs)
-        self.policies = searched_policies(kwargs.get('policy'), kwargs.get('skip', ()), kwargs.get('limits'))
+        try: inspect.signature(callback).bind_partial(**given, **kwargs)
+        except TypeError as e: raise TypeError(f"{type(self).__name__} {e}: give what its documentation names") from None
+        self.policies = searched_policies(*(kwargs.pop(k, default) for k,default in (('policy',None), ('skip',()), ('limits',None))))
         store_attr('make_learner,n,every,judge,spread,seed,processes,checkpoint,resume')
         self.callback,self.sigma,self.lessons,self.rounds,self.members,self.logger = partial(callback, **given, **kwargs),0.,None,[],[],print
         self.settings = dict(kind=type(self).__name__, n=n, every=every, judge=judge, spread=spread, seed=seed, **settings)
@@ -106,9 +107,10 @@ def make_members(self:Population, fit:tuple):
         odd = first(k for k in {**shapes[0],**shapes[i]} if shapes[0].get(k)!=shapes[i].get(k))
         if odd: raise ValueError(f"Members 0 and {i} are of different architecture, `{odd}` is {shapes[0].get(odd)} and {shapes[i].get(odd)}: "
             "they copy each other, so make_learner must give one architecture")
-    folder = self.open_folder(learns[0])
+    self.policies = self.policies.for_model(get_model(learns[0].model)) # whose layers may say what is searched
+    folder,callback = self.open_folder(learns[0]),partial(self.callback, policy=self.policies)
     for m in members:
-        m.folder = folder
+        m.folder,m.callback = folder,callback
         if self.processes>1: m.learn = None
     self.members = members
 

@@ -32,7 +32,7 @@ from .space import *
 def check_numbers(epochs:int, size:int, bs:int, lr:float, seed:int):
     "Raise on a number that no search can use"
     for name,v,least in (('epochs',epochs,1), ('size',size,1), ('bs',bs,2), ('seed',seed,0)):
-        if v<least: raise CliError(f"--{name} is {v}: a search needs {least} or more")
+        if v<least: raise CliError(f"--{name} is {v}: a training needs {least} or more")
     if seed>=2**32: raise CliError(f"--seed is {seed}: give a number below {2**32}")
     if not 0<lr<float('inf'): raise CliError(f"--lr is {lr}: a learning rate is finite and above 0")
 
@@ -111,16 +111,21 @@ def row_writer(learn):
     return write
 
 # %% ../nbs/07c_session.ipynb #a1b0c3e3
+@contextmanager
 def one_line_per_epoch(learn):
-    "A context for `fit`: rows with names, below a progress bar where stdout is a terminal"
-    if IN_NOTEBOOK: return nullcontext()
-    if not sys.stdout.isatty():
-        learn.logger = row_writer(learn)
-        return learn.no_bar()
-    try: ConsoleProgressBar.fill.encode(sys.stdout.encoding)
+    "Within, `fit` writes rows with names, below a progress bar where stdout is a terminal; an exported Learner knows nothing of it"
+    if IN_NOTEBOOK: yield; return
+    try: ConsoleProgressBar.fill.encode(sys.stdout.encoding or 'ascii')
     except UnicodeEncodeError: ConsoleProgressBar.fill = '#'
-    learn.progress._write_stats = row_writer(learn)
-    return nullcontext()
+    bar,logger = learn.progress,learn.logger
+    own = bar if sys.stdout.isatty() else learn
+    name = '_write_stats' if own is bar else 'logger'
+    setattr(own, name, row_writer(learn))
+    try:
+        with nullcontext() if own is bar else learn.no_bar(): yield
+    finally:
+        if own is bar: vars(bar).pop(name, None)
+        else: learn.logger = logger
 
 # %% ../nbs/07c_session.ipynb #3934943b
 def keep(hba, out) -> bool: # Is there something to keep?

@@ -6,10 +6,13 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from conftest import small_net
 from hba_fastai.data import digits_dls
+from hba_fastai.dropout import Dropout
 from hba_fastai.hpm import HPM
 from hba_fastai.lam import Hyperparameters
 from hba_fastai.member import JUMP,Member,gaussian
+from hba_fastai.pba import PBAPolicy
 from hba_fastai.population import PBT,Population
+from hba_fastai.smoothing import LabelSmoothing
 from hba_fastai.space import PBASpace,Space
 from hba_fastai.transform import PolicyTransform
 
@@ -219,3 +222,15 @@ def test_processes_give_the_same_and_one_that_is_killed_is_started_again(tmp_pat
     monkeypatch.setenv('SPAWNED', '1')
     there = fit(population(make=make, n=2, processes=2), 2)
     assert (tmp_path/'killed').exists() and here.rounds==there.rounds and all(map(same, end_of(here), end_of(there)))
+
+@pytest.mark.parametrize('kind', ['pbt','hpm'])
+def test_policies_in_layers_and_on_the_loss(kind):
+    "The model says how many rates of dropout there are; members are compared by the plain loss"
+    def make():
+        learn = learner()
+        learn.model.insert(len(learn.model)-1, torch.nn.Dropout(0.1))
+        return learn
+    pop = fit(population(kind, make, policy=PBAPolicy()+Dropout()+LabelSmoothing()), 2)
+    assert list(pop.schedule.spaces)==['PBAPolicy','Dropout','LabelSmoothing'] and len(pop.policies.space)==56
+    with pop.best.no_bar(): loss = pop.best.validate()[0]
+    assert loss==pytest.approx(pop.rounds[-1]['losses'][pop.winner], rel=1e-5)

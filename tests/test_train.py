@@ -1,4 +1,5 @@
 "`hba_train` as people start it: a model on disk, refusals in one sentence before anything trains, Ctrl-C"
+import zipfile
 import pytest
 from fastai.learner import load_learner
 from fastcore.script import CliError
@@ -11,6 +12,8 @@ from conftest import write_images
 pytestmark = pytest.mark.filterwarnings('ignore')
 SMALL = dict(size=16, bs=8, epochs=2)
 
+def unzipped(f): return b''.join(z.read(n) for z in [zipfile.ZipFile(f)] for n in z.namelist())
+
 @pytest.fixture
 def schedule(tmp_path):
     Schedule([0.], PBASpace().values(PBASpace().start())[None]).save(tmp_path/'s.json')
@@ -20,7 +23,7 @@ def test_a_model_that_predicts(tmp_path, pngs, schedule, capsys):
     out = tmp_path/'new'/'model.pkl'
     hba_train(str(pngs), schedule=schedule, out=str(out), target=str(write_images(tmp_path/'target', 12)), **SMALL)
     assert f"load_learner('{out}')" in capsys.readouterr().out
-    assert load_learner(out).predict(pngs/'a'/'0.png')[0] in 'ab'
+    assert load_learner(out).predict(pngs/'a'/'0.png')[0] in 'ab' and b'hba_fastai' not in unzipped(out)
 
 def test_refused(tmp_path, pngs, schedule):
     (tmp_path/'odd.json').write_text('{}')
