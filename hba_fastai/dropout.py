@@ -98,8 +98,8 @@ def layers(self:Dropout, model:nn.Module) -> list: # [(name, layer)]
     if not found: raise ValueError(f"Dropout finds no nn.Dropout, 1d, 2d or 3d with a rate above 0 in {type(model).__name__}: give it one, such as "
         "`nn.Dropout(0.05)` (F.dropout, DropPath and the dropout within attention are not found)")
     if not self.waits and len(found)!=len(self.space):
-        raise ValueError(f"There are {len(self.space)} rates of dropout, and {type(model).__name__} has {len(found)} dropout layer{'s'[:len(found)!=1]} with a rate above 0: "
-            "use a model with as many, or search with it anew")
+        raise ValueError(f"There are {len(self.space)} rates of dropout, and {type(model).__name__} has {len(found)} dropout "
+            f"layer{'s'[:len(found)!=1]} with a rate above 0: use a model with as many, or search with it anew")
     return found
 
 @patch
