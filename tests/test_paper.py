@@ -18,7 +18,7 @@ finally:
 
 ROWS = {f'{t} {name}': row for t,(_,rows) in tables.TABLES.items() for name,row in rows.items()}
 pytestmark = pytest.mark.filterwarnings('ignore:.*has no image of:UserWarning') # eight images are few
-QUICK = '3 reduced_imagenet','4 cifar10_wrn-40-2','4 cifar10_shake-shake-26-2x32d','6 hba'
+QUICK = '4 cifar10_wrn-40-2','6 hba'
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory): return tmp_path_factory.mktemp('out') # what two rows share is done once
