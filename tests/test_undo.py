@@ -55,9 +55,10 @@ class Interrupt(Callback):
 
 KINDS = {'search': HBACallback, 'un-centred, many layers, hold-out': lambda: HBACallback(centred=False, strategy='conv+bn', valid=0.3),
          'replay': lambda: ScheduleCallback(start_schedule())}
+MANY = pytest.param('un-centred, many layers, hold-out', False, marks=pytest.mark.slow)
 
 @pytest.mark.filterwarnings('ignore:.*has no image of')
-@pytest.mark.parametrize('kind,kept', [('search',True), ('un-centred, many layers, hold-out',False), ('replay',False), ('replay',True)])
+@pytest.mark.parametrize('kind,kept', [('search',True), MANY, ('replay',False), ('replay',True)])
 def test_interrupted_at_any_line_while_it_is_put_in_place(kind, kept):
     learn,done = small_learner(n_train=40, n_valid=20),set()
     learn.fit(1) # the optimizer has its states
