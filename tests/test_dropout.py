@@ -12,7 +12,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from conftest import small_learner
-from test_undo import assert_plain,fingerprint
+from test_undo import Interrupt,assert_plain,fingerprint
 import hba_fastai
 from hba_fastai.data import digits_dls
 from hba_fastai.dropout import Dropout,Rates,dropout_layers,dropped
@@ -283,23 +283,10 @@ def test_losses_that_are_no_mean_over_samples_are_refused_before_the_first_step(
 
 # --- undo
 
-MINE = [str(Path(hba_fastai.__file__).parent/f) for f in ('inside.py','dropout.py','jitter.py','smoothing.py')]
-
-class Interrupt(Callback):
-    "Raises at the first line of the new modules in a fit that is not among `done`, and adds it"
-    order = 14 # just before the policy
-    def __init__(self, done): self.done,self.at = done,None
-    def trace(self, frame, event, arg):
-        if frame.f_code.co_filename not in MINE: return None
-        at = f'{Path(frame.f_code.co_filename).name}:{frame.f_lineno}'
-        if event=='line' and at not in self.done:
-            sys.settrace(None)
-            self.done.add(at)
-            self.at = at
-            raise KeyboardInterrupt('test')
-        return self.trace
-    def before_fit(self): sys.settrace(self.trace)
-    def before_train(self): sys.settrace(self.trace)
+class InterruptWithin(Interrupt):
+    "The same in the modules of policies within, to the end of the first batch"
+    ours = tuple(str(Path(hba_fastai.__file__).parent/f) for f in ('inside.py','dropout.py','jitter.py','smoothing.py'))
+    def before_batch(self): pass
     def after_batch(self): sys.settrace(None)
 
 @pytest.mark.parametrize('kept', [False,True])
@@ -308,7 +295,7 @@ def test_interrupted_at_any_line(kept):
     learn.fit(1) # the optimizer has its states
     before,loss = fingerprint(learn),learn.loss_func
     while True:
-        cb,stop = PolicyCallback(Dropout()+LabelSmoothing(), seed=0),Interrupt(done)
+        cb,stop = PolicyCallback(Dropout()+LabelSmoothing(), seed=0),InterruptWithin(done)
         if kept: learn.add_cb(cb)
         try: learn.fit(1, cbs=[stop] if kept else [cb,stop])
         except KeyboardInterrupt: pass
