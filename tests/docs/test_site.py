@@ -87,6 +87,7 @@ def test_a_page_is_whole_and_fits(name, tab, url):
     for width in WIDTHS:
         tab.set_viewport_size(dict(width=width, height=900))
         assert tab.evaluate('document.documentElement.scrollWidth')<=width
+    tab.evaluate("document.querySelectorAll('article :not(pre) > code').forEach(o => o.remove())") # where `OPS[name](x)` is no dead link
     assert '](' not in tab.evaluate("[...document.querySelectorAll('article p, article li, article td, article h3')].map(o => o.innerText).join()")
     assert is_light(tab)
     tab.emulate_media(color_scheme='dark')
