@@ -20,7 +20,6 @@ from .pba import PBAPolicy
 from .dropout import Dropout
 from .jitter import ColorJitter,CutoutHoles,InputDropout,InputScale
 from .smoothing import LabelSmoothing
-from .space import Space
 
 # %% ../nbs/04b_outside.ipynb #e2bbb0cf
 OURS = Dropout,ColorJitter,CutoutHoles,InputDropout,InputScale,LabelSmoothing # policies that a schedule's file says enough of
@@ -32,8 +31,7 @@ def policies_of(schedule:Schedule, given=None) -> Policies:
     for kind in OURS:
         name = kind.__name__
         if name in schedule.spaces and (name not in own or own[name].waits):
-            own[name] = kind()
-            own[name].space = Space(schedule.spaces[name].of)
+            own[name] = kind([0.]*len(schedule.spaces[name])) if kind is Dropout else kind()
     if 'PBAPolicy' in schedule.spaces:
         p = own.get('PBAPolicy') or PBAPolicy(limits=schedule.limits)
         own['PBAPolicy'] = p._but(p.fill, {*p.skip,*schedule.off})

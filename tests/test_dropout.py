@@ -21,10 +21,10 @@ from hba_fastai.jitter import ColorJitter,CutoutHoles,InputDropout,InputScale
 from hba_fastai.pba import PBAPolicy
 from hba_fastai.policy import check_policy
 from hba_fastai.replay import PolicyCallback,ScheduleCallback
-from hba_fastai.schedule import Schedule
+from hba_fastai.schedule import Schedule,ScheduleError
 from hba_fastai.search import HBACallback
 from hba_fastai.smoothing import LabelSmoothing
-
+from hba_fastai.space import Space
 from hba_fastai.stn import stn_alexnet,stn_policy,stn_space
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -333,3 +333,9 @@ def test_stn_is_what_the_table_says():
     assert at['ColorJitter']<Normalize.order<at['CutoutHoles']<at['InputDropout']<at['InputScale']
     shapes = [tuple(m.weight.shape) for m in stn_alexnet() if isinstance(m, (nn.Conv2d,nn.Linear))]
     assert shapes==[(64,3,3,3),(192,64,3,3),(384,192,3,3),(256,384,3,3),(256,256,3,3),(4096,1024),(4096,4096),(10,4096)]
+
+@pytest.mark.parametrize('name,space', [('LabelSmoothing', Space(other=(0,0.5))), ('Dropout', Space(a=(0,0.9), b=(0,0.9))),
+                                        ('Dropout', Space(dropout_0=(0,0.5)))])
+def test_a_file_with_other_hyperparameters_under_our_names_is_refused(name, space):
+    schedule = Schedule([0.,1.], space.values(space.start())[None].repeat(2, 1), spaces={name: space})
+    with pytest.raises(ScheduleError, match=f'The hyperparameters of {name} or their ranges are others'): ScheduleCallback(schedule)
