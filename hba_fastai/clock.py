@@ -48,6 +48,11 @@ class Clock:
         "How often hyper-steps will be due"
         return per_epoch*(min(self.until, total)-self.wait)/self.T_train
 
+    def rate(self, hba, learn, total:float) -> float:
+        "α' of a course of `total` epochs: the user's, or what goes with the moves of λ that it will have"
+        n = self.n_steps(steps_per_epoch(learn), total)*hba.T_val*hba.moves
+        return default_hlr(n) if hba.hlr is None else hba.hlr
+
 # %% ../nbs/06f0_clock.ipynb #a63e8244
 @patch
 def with_corners(self:Clock, points:list) -> list: # Of λ at the ends of epochs, [(epochs of the course, λ)]

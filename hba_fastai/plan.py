@@ -8,11 +8,12 @@ Docs: https://hba-fastai.github.io/hba-fastai/plan.html.md"""
 __all__ = ['STEP_COST', 'n_hyper_steps', 'surcharge', 'asked', 'rate']
 
 # %% ../nbs/07a_plan.ipynb #373a6e38
+from numbers import Integral
 from torch import Tensor
 from fastcore.basics import patch
 from fastai.torch_core import get_model,no_random,to_device
 from .checks import refuse_learner
-from .clock import Clock,default_hlr,steps_per_epoch
+from .clock import Clock,steps_per_epoch
 from .evidence import hindrances
 from .items import first_few
 from .layers import select
@@ -85,7 +86,7 @@ def rate(hba, learn, epochs:int) -> float:
     "α' of the fit"
     clock = Clock(hba.T_train)
     clock.plan(epochs, hba.warmup, None if hba.target is None else hba.until)
-    return hba.hlr or default_hlr(clock.n_steps(steps_per_epoch(learn), epochs)*hba.T_val*hba.moves)
+    return clock.rate(hba, learn, epochs)
 
 @patch
 def plan(self:HBACallback,
@@ -93,7 +94,8 @@ def plan(self:HBACallback,
     epochs:int # Length of the course: with `fine_tune` the frozen epochs and the others
 ) -> dict: # Figures of the plan, by name
     "Say what a fit of `learn` with this callback will be: layers, hyper-steps, images, operations that cannot act, surcharge, how sure a find can be"
-    if not isinstance(epochs, int) or epochs<1: raise ValueError(f"epochs={epochs!r:.60} is the length of a training: it must be a whole number of 1 or more")
+    if not isinstance(epochs, Integral) or epochs<1:
+        raise ValueError(f"epochs={epochs!r:.60} is the length of a training: it must be a whole number of 1 or more")
     refuse_learner(learn)
     n_batches = epochs*len(learn.dls.train)
     steps,p = n_hyper_steps(self, round(epochs*steps_per_epoch(learn))),asked(self, learn)

@@ -218,8 +218,7 @@ def refuse_old_model(self:HBACallback):
 def begin(self:HBACallback, reason:str):
     "What the search begins with, or goes on from"
     if self.clock.wait is None: self.clock.plan(self.course.total, self.warmup, None if self.target is None else self.until)
-    n = self.clock.n_steps(steps_per_epoch(self.learn), self.course.total)*self.T_val*self.moves
-    self.rate,self.searched = default_hlr(n) if self.hlr is None else self.hlr,weakref.ref(get_model(self.model))
+    self.rate,self.searched = self.clock.rate(self, self.learn, self.course.total),weakref.ref(get_model(self.model))
     self.generators.setdefault('exploit', torch.Generator(self.device).manual_seed(self.base_seed)) # the same in all processes
     if self.saved: resuming.load_behind(self, self.saved)
     self.saved,self.provenance = None,resuming.provenance(self, self.stream, reason)
