@@ -117,15 +117,9 @@ def one_line_per_epoch(learn):
     if IN_NOTEBOOK: yield; return
     try: ConsoleProgressBar.fill.encode(sys.stdout.encoding or 'ascii')
     except UnicodeEncodeError: ConsoleProgressBar.fill = '#'
-    bar,logger = learn.progress,learn.logger
-    own = bar if sys.stdout.isatty() else learn
-    name = '_write_stats' if own is bar else 'logger'
-    setattr(own, name, row_writer(learn))
-    try:
-        with nullcontext() if own is bar else learn.no_bar(): yield
-    finally:
-        if own is bar: vars(bar).pop(name, None)
-        else: learn.logger = logger
+    on_bar = sys.stdout.isatty()
+    rows = contextmanager(replacing_yield)(*(learn.progress,'_write_stats') if on_bar else (learn,'logger'), row_writer(learn))
+    with rows, nullcontext() if on_bar else learn.no_bar(): yield
 
 # %% ../nbs/07c_session.ipynb #3934943b
 def keep(hba, out) -> bool: # Is there something to keep?
