@@ -32,7 +32,7 @@ def _restored(member:Member, checkpoint, lessons):
 def trainable(
     pop:Population, fit:tuple # (name of a method of Learner, arguments, more arguments); the first argument is the number of epochs
 ):
-    "A function for `ray.tune.Tuner`: one member of `pop`"
+    "A function for `ray.tune.Tuner`: one member of `pop`, behind `pop.make_members`"
     new = partial(Member, seed=pop.seed, make_learner=pop.make_learner, callback=pop.members[0].callback, fit=fit, judge=pop.judge, spread=pop.spread)
     lessons,n_epoch,tune = pop.new_lessons(),fit[1][0],_ray_tune()
     def train(config):
@@ -69,7 +69,7 @@ def fit_on_ray(
     pop.n_epoch = n_epoch
     burn_in = next((e for e in range(1, n_epoch) if pop.lam_moves(e)), n_epoch)-1
     scheduler = tune.schedulers.PopulationBasedTraining(time_attr='epoch', perturbation_interval=pop.every, burn_in_period=burn_in,
-        quantile_fraction=pop.share, custom_explore_fn=noop)
+        quantile_fraction=pop.share, custom_explore_fn=noop, synch=True) # compared at the same epoch, as by `pop.fit`
     run_config = run_config or tune.RunConfig(storage_path=str(pop.members[0].folder.resolve()), failure_config=tune.FailureConfig(max_failures=max_failures))
     train = tune.with_resources(trainable(pop, fit), resources or dict(cpu=1))
     tune_config = tune.TuneConfig(metric='judged', mode='min', num_samples=pop.n, scheduler=scheduler, reuse_actors=True) # a new process takes long to import

@@ -56,7 +56,8 @@ class Population:
         if resume and not checkpoint: raise ValueError("resume=True needs the name of a folder and none is given: say `checkpoint='population'`")
         try: inspect.signature(callback).bind_partial(**given, **kwargs)
         except TypeError as e: raise TypeError(f"{type(self).__name__} {e}: give what its documentation names") from None
-        self.policies = searched_policies(*(kwargs.pop(k, default) for k,default in (('policy',None), ('skip',()), ('limits',None))))
+        policy,skip,limits = kwargs.pop('policy', None),kwargs.pop('skip', ()),kwargs.pop('limits', None)
+        self.policies = searched_policies(policy, skip, limits)
         store_attr('make_learner,n,every,judge,spread,seed,processes,checkpoint,resume')
         self.callback,self.sigma,self.lessons,self.rounds,self.members,self.logger = partial(callback, **given, **kwargs),0.,None,[],[],print
         self.settings = dict(kind=type(self).__name__, n=n, every=every, judge=judge, spread=spread, seed=seed, **settings)
