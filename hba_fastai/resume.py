@@ -6,8 +6,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/resume.html.md"""
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'described_fit', 'described_data', 'described', 'provenance', 'builtin', 'training_state', 'search_state',
-           'write', 'file_of', 'refuse_other_model', 'read', 'load_training', 'load_before', 'load_buffers',
-           'load_behind', 'load_draws']
+           'file_of', 'on_disk', 'claim', 'write', 'refuse_other_model', 'read', 'load_training', 'load_before',
+           'load_buffers', 'load_behind', 'load_draws']
 
 # %% ../nbs/06h_resume.ipynb #a310d2d4
 from datetime import date
@@ -18,6 +18,7 @@ from fastai.basics import *
 from fastai.callback.schedule import SkipToEpoch
 import hba_fastai
 from .checkpoint import *
+from .files import refuse_unwritable
 from .optimizer import rates,states
 from .stream import inner_dl
 from .transform import augmentation
@@ -88,12 +89,28 @@ def search_state(hba) -> dict:
     return dict(lam=hba.lam.state_dict(), net=hba.net and hba.net.state_dict(), phi_state=builtin([[s.get(p, {}) for p in phi] for s in states(hba.opt)]),
                 policies=hba.bound.state_dict(), **random, **progress)
 
+# %% ../nbs/06h_resume.ipynb #acd53f0a
+def file_of(hba): return checkpoint_path(hba.checkpoint, hba.learn.path/hba.learn.model_dir, rank_distrib())
+
+def on_disk(hba) -> bytes|None:
+    "The head, with its digest, of the checkpoint that lies there; None: there is none"
+    if not file_of(hba).exists(): return None
+    with file_of(hba).open('rb') as f: return f.read(len(MAGIC)+64)
+
+def claim(hba):
+    "Before a fit: raise unless its checkpoint can be written, and remember what lies there"
+    try: refuse_unwritable(file_of(hba))
+    except OSError as e:
+        raise OSError(e.errno, f"{e.strerror}: {file_of(hba)} cannot be written, give `checkpoint` a place where you may write") from None
+    hba.on_disk = on_disk(hba)
+
 def write(hba, **more):
     "Save all that the fit needs to go on, and `more`"
+    if on_disk(hba) not in (None,hba.on_disk): raise CheckpointError(f"{file_of(hba)} was written by another search while this one ran: "
+        "give each a name of its own, the schedule of this one is with its Learner")
     done = dict(settings=builtin(hba.settings), epoch=hba.learn.epoch+1, provenance=hba.provenance, **more)
     save_checkpoint(file_of(hba), dict(**done, training=training_state(hba.learn), search=search_state(hba)))
-
-def file_of(hba): return checkpoint_path(hba.checkpoint, hba.learn.path/hba.learn.model_dir, rank_distrib())
+    hba.on_disk = on_disk(hba)
 
 # %% ../nbs/06h_resume.ipynb #fa25c622
 def refuse_other_model(fname, saved:dict, now:dict):

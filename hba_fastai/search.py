@@ -176,6 +176,7 @@ def open(self:HBACallback, again:bool):
     self.undo.enter_context(tracked(self))
     self.undo.enter_context(shown(self.learn, columns(self.policies.space, lambda: self.lam, lambda: self.hyper_steps)))
     if not self.checkpoint: return
+    resuming.claim(self)
     with target_batches(self.learn, self.hyper_data, 0) as stream: self.settings = resuming.described(self, stream)
     self.saved = resuming.read(self) if self.resume and again else None
     if self.saved is None: return

@@ -11,13 +11,14 @@ __all__ = ['WIDTH', 'NOT_SHOWN', 'DIGITS_LR', 'check_numbers', 'check_writable',
            'fine_tuned', 'rivals_on_digits', 'search_digits', 'checkpointed', 'run']
 
 # %% ../nbs/07c_session.ipynb #9e9c94d2
-import re,sys,tempfile,time
+import re,sys,time
 from contextlib import contextmanager,nullcontext
 from fastcore.script import CliError
 from fastai.vision.all import *
 from fastprogress.fastprogress import ConsoleProgressBar
 from .search import *
 from .data import *
+from .files import refuse_unwritable
 from .folder import *
 from .items import check_readable
 from .ops import OPS
@@ -41,8 +42,7 @@ def check_writable(out, example:str):
     f = Path(out)
     try:
         if f.is_dir() or str(out).endswith('/'): raise CliError(f"--out {out} is a folder: name a file in it, such as {f/example}")
-        f.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=f.parent): pass
+        refuse_unwritable(f)
     except OSError as e:
         raise CliError(f"--out {out} cannot be written ({e.strerror}): name a file in a folder where you may write") from None
 
@@ -265,7 +265,7 @@ def checkpointed(out:Path, resume:bool) -> dict:
 
 def run(path, arch, epochs, out, size, bs, lr, seed, target, same, paper, resume, **own):
     "What `hba_search` does; `own`: see `chosen`"
-    t,demo,make = time.time(),path is None,HBACallback.paper if paper else HBACallback
+    t,demo,make = time.monotonic(),path is None,HBACallback.paper if paper else HBACallback
     if epochs is None: epochs = 90 if demo else 30
     check_numbers(epochs, size, bs, lr, seed)
     if demo and target: raise CliError(f"--target {target} needs images to train on, and the digits bring a target of their own: give a PATH")
@@ -280,4 +280,4 @@ def run(path, arch, epochs, out, size, bs, lr, seed, target, same, paper, resume
         if demo: search_digits(learn, hba, epochs, files, seed, same)
         else: search_folder(path, hba, epochs, files, arch, size, bs, lr, seed)
     if resume: hba.checkpoint.unlink()
-    print(f"{time.time()-t:.0f} seconds")
+    print(f"{time.monotonic()-t:.0f} seconds")

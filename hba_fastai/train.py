@@ -35,7 +35,7 @@ def in_one_sentence():
 # %% ../nbs/07e_train.ipynb #b84e084c
 def run(path, schedule, arch, epochs, out, size, bs, lr, seed, target):
     "What `hba_train` does"
-    t = time.time()
+    t = time.monotonic()
     check_numbers(epochs, size, bs, lr, seed)
     out = check_model_file(out)
     with in_one_sentence():
@@ -45,4 +45,4 @@ def run(path, schedule, arch, epochs, out, size, bs, lr, seed, target):
         print(f"{replay.schedule}\n{'Replaces' if out.exists() else 'Writes'} {out}", flush=True)
         with one_line_per_epoch(learn): learn.fit_one_cycle(epochs, lr, cbs=replay)
         learn.export(out)
-    print(f"\nModel:  {out}\nUse it: load_learner({str(out)!r}).predict('an image')\n{time.time()-t:.0f} seconds")
+    print(f"\nModel:  {out}\nUse it: load_learner({str(out)!r}).predict('an image')\n{time.monotonic()-t:.0f} seconds")

@@ -1,15 +1,19 @@
 "Stop and go on: the search continues as the uninterrupted one would have; a killed process leaves a file that loads; files are never executed"
-import os,signal,subprocess,sys,time
+import json,os,signal,subprocess,sys,time
+from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.optimizer import OptimWrapper,SGD
 from functools import partial
 from hypothesis import HealthCheck,given,settings,strategies as st
+from jsonschema import Draft202012Validator,ValidationError
 from conftest import small_learner,small_net
 from hba_fastai.search import HBACallback,ScheduleCallback
 from hba_fastai.data import digits_dls
 from hba_fastai.checkpoint import CheckpointError,load_checkpoint,save_checkpoint
+from hba_fastai.pba import PBAPolicy
 from hba_fastai.schedule import Schedule,ScheduleError
+from hba_fastai.smoothing import LabelSmoothing
 from hba_fastai.space import PBASpace
 
 class Stop(Callback):
@@ -149,6 +153,8 @@ def files(tmp_path_factory):
     learn.hba_schedule.save(d/'s.json')
     return (d/'models'/'c.pth').read_bytes(),(d/'s.json').read_bytes(),d
 
+SCHEMA = Draft202012Validator(json.loads((Path(__file__).parents[1]/'tools'/'schedule.schema.json').read_text('utf8')))
+
 edits = st.lists(st.tuples(st.sampled_from(['flip','cut','insert','copy','zero']), st.floats(0,1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4)
 
 def mutate(data, edits):
@@ -179,6 +185,24 @@ def test_fuzzed_schedules_give_our_error_or_a_sound_schedule(files, e):
     except ScheduleError: return
     v = PBASpace().lam(s.table) # a digit that became another digit: still within its range
     assert v.isfinite().all() and s.table.shape[1]==54 and ScheduleCallback(s)
+    SCHEMA.validate(json.loads((files[2]/'m.json').read_bytes())) # what is published says what is read
+
+@pytest.mark.parametrize('where,what', [(('values','Rotate_0.m',0),1e300), (('progress',0),-1), (('version',),4), (('sigma',),'1'), (('space','skip'),[7])])
+def test_the_published_form_refuses_what_is_refused(files, where, what, tmp_path):
+    d = json.loads(files[1])
+    SCHEMA.validate(d)
+    *path,last = where
+    o = d
+    for k in path: o = o[k]
+    o[last] = what
+    with pytest.raises(ValidationError): SCHEMA.validate(d)
+    (tmp_path/'s.json').write_text(json.dumps(d))
+    with pytest.raises(ScheduleError): Schedule.load(tmp_path/'s.json')
+
+def test_the_published_form_has_spaces_and_limits(tmp_path):
+    learn,hba = small_learner(n_train=40, n_valid=40),HBACallback(policy=PBAPolicy(limits={'Rotate': (0,10)})+LabelSmoothing())
+    learn.fit(1, cbs=hba)
+    SCHEMA.validate(json.loads(hba.schedule.save(tmp_path/'s.json').read_text()))
 
 def test_nothing_is_executed(tmp_path):
     "A pickle that would run code, in a file with a right digest, is refused by `weights_only`"

@@ -99,7 +99,7 @@ def write_pages(nbs:Path):
     convert,lookup,names = exporter(),public(nbs),{page_name(o) for o in nbs}
     for nb in nbs: write_page(nb, convert, lookup, names)
     shutil.copy(ROOT/'CHANGELOG.md', PAGES/'changelog.md')
-    shutil.copy(ROOT/'tools'/'docs.css', PAGES/'docs.css')
+    for f in ('docs.css','schedule.schema.json'): shutil.copy(ROOT/'tools'/f, PAGES/f)
 
 def build():
     "`_docs/`, from all notebooks"
