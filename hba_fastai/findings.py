@@ -81,7 +81,7 @@ def table_of(y:Tensor, losses:Tensor, vocab:list|None) -> pd.DataFrame:
 def harm_in_words(df:pd.DataFrame) -> str:
     "What `table_of` says, in ASCII"
     mean = lambda c: (df[c]*df.images).sum()/df.images.sum()
-    worse = df[df.change>2*df.error]
+    worse = df[(df.change>2*df.error) & (df.change.round(3)>0)]
     head = f"Loss on the data of the hyper-steps, as the network responds: {mean('start'):.3f} under the start policy, {mean('end'):.3f} under the one found. "
     if not len(worse): return head + f"None of {len(df)} classes is worse by more than twice its standard error."
     return head + "Worse by more than twice the standard error: " + ', '.join(f"{c} by {r.change:.3f} ({r.error:.3f})" for c,r in worse.iterrows()) + '.'

@@ -42,6 +42,7 @@ def run(path, schedule, arch, epochs, out, size, bs, lr, seed, target):
         if not Path(schedule).is_file(): raise CliError(f"There is no schedule {schedule}: give --schedule a file that hba_search wrote")
         replay = ScheduleCallback(schedule, seed=seed, target=target)
         learn = learner_of(path, arch, size, bs, seed)
+        if target: print(f"Images of {target} take {replay.mix:.0%} of each batch after {replay.until:.0%} of the training")
         print(f"{replay.schedule}\n{'Replaces' if out.exists() else 'Writes'} {out}", flush=True)
         with one_line_per_epoch(learn): learn.fit_one_cycle(epochs, lr, cbs=replay)
         learn.export(out)

@@ -22,7 +22,8 @@ def schedule(tmp_path):
 def test_a_model_that_predicts(tmp_path, pngs, schedule, capsys):
     out = tmp_path/'new'/'model.pkl'
     hba_train(str(pngs), schedule=schedule, out=str(out), target=str(write_images(tmp_path/'target', 12)), **SMALL)
-    assert f"load_learner('{out}')" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"load_learner('{out}')" in said and f"{tmp_path/'target'} take 50% of each batch after 60%" in said
     assert load_learner(out).predict(pngs/'a'/'0.png')[0] in 'ab' and b'hba_fastai' not in unzipped(out)
 
 def test_refused(tmp_path, pngs, schedule):
