@@ -11,14 +11,14 @@ __all__ = ['WIDTH', 'NOT_SHOWN', 'DIGITS_LR', 'check_numbers', 'check_writable',
            'fine_tuned', 'rivals_on_digits', 'search_digits', 'checkpointed', 'run']
 
 # %% ../nbs/07c_session.ipynb #9e9c94d2
-import re,sys,time
+import io,re,sys,time
 from contextlib import contextmanager,nullcontext
 from fastcore.script import CliError
 from fastai.vision.all import *
 from fastprogress.fastprogress import ConsoleProgressBar
 from .search import *
 from .data import *
-from .files import refuse_unwritable
+from .files import *
 from .folder import *
 from .items import check_readable
 from .ops import OPS
@@ -136,8 +136,8 @@ class KeepCallback(Callback):
     def after_epoch(self): keep(self.hba, self.out)
 
 def words(e:Exception) -> str:
-    "The message of `e`, without fastai's note on the callback that raised it"
-    return re.sub(r'^Exception occured in .*?:\s+', '', str(e)).rstrip('.')
+    "The message of `e`, without fastai's note on the callback that raised it and the number of an error of the system"
+    return re.sub(r'^(Exception occured in .*?:\s+)?(\[Errno \d+\] )?', '', str(e)).rstrip('.')
 
 @contextmanager
 def kept(hba, out):
@@ -166,7 +166,9 @@ def say_found(hba, learn, out, picture, page):
     if not keep(hba, out):
         raise CliError("No hyper-step had a finite gradient, so the schedule never left its start and was not written: lower --lr")
     schedule = hba.schedule
-    schedule.plot()[0].figure.savefig(picture, dpi=100, bbox_inches='tight')
+    png = io.BytesIO()
+    schedule.plot()[0].figure.savefig(png, dpi=100, bbox_inches='tight')
+    write_whole(picture, png.getvalue())
     write_page(page, as_page(schedule, f'The schedule {out.name}', [findings(hba), samples(schedule, learn.dls)]))
     print()
     hba.report()
