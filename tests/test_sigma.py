@@ -81,6 +81,7 @@ def test_training_draws_with_the_sigma_of_now():
     assert all(abs(sd-1)<5/(2*n)**0.5 for _,sd,n in seen)
 
 @pytest.mark.parametrize('kw,says', [(dict(condition='dose'), "condition='dose'"), (dict(exploit='best'), "exploit='best'"),
-    (dict(target='field'), "target='field'"), (dict(sigma=0.), 'sigma=0 is where a σ starts'), (dict(tau=-1.), 'tau=-1.0 is the weight'), (dict(tau=float('nan')), 'tau=nan')])
+    (dict(target='field'), "target='field'"),
+    (dict(sigma=0.), 'sigma=0 is where a σ starts'), (dict(tau=-1.), 'tau=-1.0 is the weight'), (dict(tau=float('nan')), 'tau=nan')])
 def test_bad_input(kw, says):
     with pytest.raises(ValueError, match=says): search(**kw)
