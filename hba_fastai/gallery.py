@@ -18,7 +18,7 @@ from .outside import policies_of
 from .pba import Operations
 from .policy import Policies
 from .replay import *
-from .replay import _schedules
+from .replay import _learners
 from .schedule import Schedule
 from .stream import has_items,inner_dl,own_draws,own_loader
 from .transform import *
@@ -85,9 +85,8 @@ def show_schedule(schedule:Schedule, dls, pcts=(0,0.25,0.5,0.75,1), n:int=6, pol
 
 # %% ../nbs/06e1_gallery.ipynb #753e3d9d
 def learner_of(cb) -> Learner|None:
-    "The Learner that `cb` is in, or with which it searched"
-    schedule = vars(cb).get('schedule')
-    return vars(cb).get('learn') or first(l for l,s in _schedules.items() if s is schedule)
+    "The Learner that `cb` is in, or was in last, if there still is one"
+    return vars(cb).get('learn') or _learners.get(cb, noop)()
 
 def _last_lam(cb) -> Tensor:
     "λ of a search or of a schedule at its end, or where a policy stands"
@@ -103,7 +102,7 @@ def show_batch(self:PolicyCallback,
     "Show training images as they are augmented, at the last values, each with its class and what was done to it; returns the axes"
     learn = learner_of(self)
     if dls is None and learn is None:
-        raise ValueError(f"This {type(self).__name__} is in no Learner, so `show_batch` has no images: give it `dls`")
+        raise ValueError(f"This {type(self).__name__} is in no Learner and was in none, so `show_batch` has no images: give it `dls`")
     samples = augmented(dls or learn.dls, self.policies, _last_lam(self), self.sigma, n, seed, own=True)
     columns = max(int(len(samples)**0.5), -(-len(samples)//3))
     axs = _grid(-(-len(samples)//columns), columns, max(words.count(', ')+2 for _,words in samples))

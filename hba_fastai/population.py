@@ -60,6 +60,7 @@ class Population:
         self.policies = searched_policies(policy, skip, limits)
         store_attr('make_learner,n,every,judge,spread,seed,processes,checkpoint,resume')
         self.callback,self.sigma,self.lessons,self.rounds,self.members,self.logger = partial(callback, **given, **kwargs),0.,None,[],[],print
+        self.given = None # (Learner of the winner, number of rounds) when `best` was asked for last
         self.settings = dict(kind=type(self).__name__, n=n, every=every, judge=judge, spread=spread, seed=seed, **settings)
 
     def donors(self, losses:list, until:int) -> list: # For each member the one whose copy it becomes; None: it stays
@@ -96,6 +97,8 @@ class PBT(Population):
 @patch
 def make_members(self:Population, fit:tuple):
     "All Learners, checked against each other; the folder of the files"
+    if self.rounds: raise ValueError("This population has been fitted and another fit would begin anew: train its winner on, `pop.best.fit(...)`, "
+        "or make a new population")
     new = lambda i,folder: Member(i, self.seed, self.make_learner, self.callback, fit, folder, self.judge, self.spread)
     members = [new(i, None) for i in range(self.n)]
     learns = [m.make() for m in members]
@@ -136,10 +139,10 @@ def write(self:Population):
     save_checkpoint(self.journal, dict(settings=self.settings, rounds=self.rounds, lessons=self.lessons and self.lessons.state_dict()))
 
 @patch
-def open_journal(self:Population):
+def open_journal(self:Population, goes_on:bool):
     "Go on with the journal, or begin one"
     self.rounds,self.lessons = [],self.new_lessons()
-    if self.resume and self.journal.exists():
+    if goes_on and self.journal.exists():
         d = load_checkpoint(self.journal)
         refuse_differences(self.journal, d['settings'], self.settings)
         self.rounds = d['rounds']
@@ -179,9 +182,12 @@ def run(self:Population, name:str, n_epoch:int, args:tuple, kwargs:dict):
     odd = first(k for k in ('cbs','reset_opt','start_epoch') if k in kwargs)
     if odd: raise TypeError(f"{odd} is not for a population, whose members are fits that are stopped and go on: put callbacks into the Learner of make_learner")
     inspect.signature(getattr(Learner, name)).bind(None, n_epoch, *args, **kwargs)
-    self.n_epoch,self.settings['fit'] = n_epoch,f'{name}{(n_epoch,*args)} {kwargs or ""}'
-    self.make_members((name,(n_epoch,*args),kwargs))
-    self.open_journal()
+    fit = f'{name}{(n_epoch,*args)} {kwargs or ""}'
+    stopped = bool(self.members) and self.settings.get('fit')==fit and not (self.rounds and self.rounds[-1]['until']==n_epoch)
+    if not stopped: self.make_members((name,(n_epoch,*args),kwargs))
+    for m in self.members: m.learn,m.last = None if stopped else m.learn,None # of a fit that was stopped nothing but the files is sound
+    self.n_epoch,self.settings['fit'] = n_epoch,fit
+    self.open_journal(self.resume or stopped)
     done = {r['until'] for r in self.rounds}
     if self.rounds: self.carry_out(self.rounds[-1])
     for until in [*range(self.every, n_epoch, self.every),n_epoch]:
@@ -227,8 +233,9 @@ def best(self:Population) -> Learner:
     "The Learner of the winner, a plain one"
     m = self.members[self.winner]
     learn = m.learn or m.make()
-    get_model(learn.model).load_state_dict(m.read()['training']['model'])
-    _schedules[learn] = self.schedule
+    if self.given!=(learn,len(self.rounds)): # else it may have trained on since
+        get_model(learn.model).load_state_dict(m.read()['training']['model'])
+        _schedules[learn],self.given = self.schedule,(learn,len(self.rounds))
     return learn
 
 # %% ../nbs/07a3_population.ipynb #02bc2634

@@ -50,6 +50,7 @@ class Course:
 
 # %% ../nbs/06e_replay.ipynb #b2832d3c
 _schedules = weakref.WeakKeyDictionary() # the schedule of the last search of each Learner, kept outside of it so that `export` needs no hba_fastai
+_learners = weakref.WeakKeyDictionary() # for each callback a weak reference to the Learner that it was in last, outside of it too
 
 @patch(as_prop=True)
 def hba_schedule(self:Learner):
@@ -157,7 +158,9 @@ def close(self:PolicyCallback, ended:bool=False):
 
 @patch
 def __setattr__(self:PolicyCallback, k, v):
-    if k=='learn' and v is None: self.close()
+    if k=='learn':
+        if v is None: self.close()
+        else: _learners[self] = weakref.ref(v)
     Callback.__setattr__(self, k, v)
 
 # %% ../nbs/06e_replay.ipynb #483c3916

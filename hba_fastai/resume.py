@@ -48,7 +48,7 @@ def described(hba, stream) -> dict:
     "What a search is, in numbers and words"
     spaces = [(p.name,list(p.space.of.items())) for p in hba.policies.parts] # in their order, which is that of λ
     what = dict(strategy=hba.strategy if isinstance(hba.strategy, str) else 'modules', skip=list(hba.policies.skip), limits=hba.policies.limits,
-                spaces=spaces, start=hba.start.tolist(), **{k: getattr(hba, k) for k in ARGUMENTS})
+                spaces=spaces, start=hba.start.tolist(), **{k: getattr(hba, k) for k in [*ARGUMENTS,*hba.more]})
     data = dict(target=stream.what, **described_data(hba.dls), valid_items=stream.n, target_classes=stream.counts)
     return dict(**what, **described_fit(hba.learn), **data, joins=hba.target is not None) # do the data of the hyper-steps join training?
 

@@ -38,6 +38,7 @@ from . import resume as resuming
 class HBACallback(PolicyCallback):
     "Hypernetwork-Based Augmentation: learn by gradient, within one fit, how strongly each image operation should act at each moment"
     attached,goes_on,told = False,True,None # Is the search in place? What the user was told of its layers
+    more = () # arguments of a class derived from this one that a checkpoint has to agree with
     _stateattrs = *PolicyCallback._stateattrs,'searched','stream','bound'
     searched,stream,bound = None,None,None # The model that was searched with; the target batches and the policies for these data, while a fit lasts
     hyper_data = property(lambda self: self.valid if self.target is None else self.target) # What the hyper-steps read

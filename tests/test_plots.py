@@ -1,5 +1,5 @@
 "Pictures that people look at: colours, names that can be read, titles that are true, text that is only text, and logs that hold numbers"
-import sys,warnings
+import gc,pickle,sys,warnings
 from unittest import mock
 import matplotlib.pyplot as plt
 import numpy as np
@@ -146,6 +146,20 @@ def test_pictures_leave_the_random_state_and_the_learner_alone():
     PolicyCallback(TrivialAugmentWide()).show_batch(learn.dls, n=4)
     ScheduleCallback(moved()).show_batch(learn.dls, n=4)
     assert torch.equal(state, torch.get_rng_state()) and [t.order for t in learn.dls.train.after_batch.fs]==[10]
+
+@pytest.mark.parametrize('make', [lambda: PolicyCallback(TrivialAugmentWide()), lambda: ScheduleCallback(moved())])
+def test_a_callback_shows_the_images_of_the_learner_that_it_was_in_last(make, tmp_path):
+    cb,learn = make(),small_learner()
+    small_learner().fit(1, cbs=cb)
+    learn.fit(1, cbs=cb)
+    state = torch.get_rng_state()
+    names = [[ax.get_title() for ax in cb.show_batch(dls, n=4).flat] for dls in (None,learn.dls)]
+    assert names[0]==names[1] and torch.equal(state, torch.get_rng_state())
+    learn.export(tmp_path/'learn.pkl')
+    pickle.loads(pickle.dumps(cb))
+    del learn
+    gc.collect()
+    with pytest.raises(ValueError, match='is in no Learner and was in none'): cb.show_batch()
 
 @pytest.fixture(scope='module')
 def searched(tmp_path_factory):

@@ -125,6 +125,20 @@ def test_stopped_anywhere_it_comes_to_the_same_end(kind, at, tmp_path):
     assert same(again.rounds, whole.rounds) and all(map(same, end_of(whole), end_of(again))) and whole.schedule==again.schedule
     assert all(torch.equal(p, q) for p,q in zip(whole.best.model.state_dict().values(), again.best.model.state_dict().values()))
 
+@pytest.mark.parametrize('kind,at', [('pbt',2), ('algorithm 2',14)])
+def test_stopped_the_same_object_goes_on_and_trained_it_is_not_trained_again(kind, at):
+    "In the first round, when no checkpoint is complete, and later"
+    whole = fit(population(kind, n=3))
+    Cut.count = 0
+    pop = population(kind, lambda: learner(Cut(at, cut)), n=3)
+    with pytest.raises(PowerCut): fit(pop)
+    if pop.rounds:
+        with pytest.raises(ValueError, match='has been fitted and another fit would begin anew'): fit(pop, 2)
+    fit(pop)
+    assert same(pop.rounds, whole.rounds) and all(map(same, end_of(whole), end_of(pop))) and whole.schedule==pop.schedule
+    for epochs in (3,4):
+        with pytest.raises(ValueError, match='train its winner on, `pop.best.fit'): fit(pop, epochs)
+
 @pytest.mark.parametrize('where', ['training','copying'])
 def test_killed_it_comes_to_the_same_end(where, tmp_path, monkeypatch):
     "By SIGKILL, in the middle of an epoch, and where some of the copies are made"
@@ -160,6 +174,16 @@ def test_the_lineage_is_the_schedule():
     for e,(since,i) in enumerate(lineage):
         assert since==e and torch.allclose(s.lam((e+0.5)/3), seen[i][e][0][0], atol=1e-4)
     assert pop.best.hba_schedule==s and not any(isinstance(t, PolicyTransform) for t in DLS.train.after_batch.fs)
+
+def test_the_winner_trains_on():
+    "Asked for again, it is the same Learner as it is now; its schedule stays"
+    plain = lambda: Learner(DLS, small_net())
+    pop = fit(population('pbt', plain, n=2), 2)
+    learn,schedule = pop.best,pop.schedule
+    before = learn.model[0].weight.detach().clone()
+    learn.fit(1, 1e-2)
+    after = learn.model[0].weight.detach().clone()
+    assert pop.best is learn and torch.equal(learn.model[0].weight, after) and not torch.equal(before, after) and pop.schedule==learn.hba_schedule==schedule
 
 SAME = learner()
 BAD = { # arguments of `population`, and of its fit; error, and what it says
