@@ -155,6 +155,7 @@ class PlainMember(PolicyCallback):
         self.seed,seed = None,self.seed # a checkpoint has its own
         parts = [(p.name,list(p.space.of.items())) for p in self.policies.parts]
         self.settings = dict(spaces=parts, **resuming.described_fit(self.learn), **resuming.described_data(self.dls))
+        resuming.claim(self)
         self.saved = resuming.read(self)
         self.role.goes_on(self.saved)
         if self.saved: resuming.load_before(self, self.saved)
