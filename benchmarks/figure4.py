@@ -1,6 +1,6 @@
 """What the paper says of the schedule that it found (caption of Figure 4), statement by statement, on schedules that were found here.
 
-    python benchmarks/figure4.py [FILES]     # default: all in results/schedules and results/paper/schedules; writes results/figure4.md
+    python benchmarks/figure4.py [FILES]     # default: results/schedules/wrn* and results/paper/schedules; writes results/figure4.md
 """
 import re,sys
 from collections import defaultdict
@@ -69,7 +69,7 @@ def table(files) -> str:
     return '\n'.join([*out, '', 'In brackets the number that each statement speaks of, for each seed. `python benchmarks/figure4.py`', ''])
 
 if __name__=='__main__':
-    files = [Path(f) for f in sys.argv[1:]] or sorted([*(RESULTS/'schedules').glob('*.json'), *(RESULTS/'paper'/'schedules').glob('*.json')])
+    files = [Path(f) for f in sys.argv[1:]] or sorted([*(RESULTS/'schedules').glob('wrn*.json'), *(RESULTS/'paper'/'schedules').glob('*.json')])
     text = table(files)
     print(text)
     if not sys.argv[1:]: (RESULTS/'figure4.md').write_text(text)
