@@ -287,8 +287,8 @@ def rate(way, seed):
 def table6_table():
     rs,rates = runs('table6'),runs('rates')
     if not rs: return []
-    out = ['## Table 6 in small','','A quarter of the width, 2,000 training images, about 320,000 passes each, so that one network has 55 to 69 epochs where a member of four has '
-           '16 to 20: mean ± standard error over seeds.','',
+    out = ['## Table 6 in small','','A quarter of the width, 2,000 training images, about 320,000 passes each, so that one network has 55 to 69 epochs where '
+           'a member of four has 16 to 20: mean ± standard error over seeds.','',
            *head('way','epochs','valid loss','test loss','valid error %','test error %','passes of images','CPU s','seeds')]
     for way in TABLE6:
         r = [v for (w,_),v in rs.items() if w==way]
