@@ -97,6 +97,8 @@ class PBT(Population):
 @patch
 def make_members(self:Population, fit:tuple):
     "All Learners, checked against each other; the folder of the files"
+    if num_distrib()>1: raise ValueError(f"{num_distrib()} processes share one training here and a population has a training for each member: "
+        "start it as one process, with `processes=` or on Ray, or train one HBACallback in them")
     if self.rounds: raise ValueError("This population has been fitted and another fit would begin anew: train its winner on, `pop.best.fit(...)`, "
         "or make a new population")
     new = lambda i,folder: Member(i, self.seed, self.make_learner, self.callback, fit, folder, self.judge, self.spread)

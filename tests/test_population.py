@@ -207,6 +207,10 @@ def test_bad_input(what):
     kw,error,says = BAD[what]
     with pytest.raises(error, match=says): fit(population(**kw), 1)
 
+def test_several_processes_of_one_training_are_refused(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='2 processes share one training here and a population has a training for each member'): fit(population())
+
 def test_the_share_that_is_replaced():
     with pytest.raises(ValueError, match='share=0.7 is the part of members that are replaced'): PBT(learner, share=0.7)
 

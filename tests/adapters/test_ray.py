@@ -10,6 +10,7 @@ from hba_fastai.member import JUMP
 from hba_fastai.on_ray import fit_on_ray
 from hba_fastai.population import PBT
 from hba_fastai.space import PBASpace
+from ray import tune
 from torch import nn
 
 @pytest.fixture(scope='module')
@@ -61,6 +62,38 @@ def check_copy(d, kind):
             ratio = space.values(lams[i])/space.values(lams[i-1])
             assert ((ratio-0.8).abs().minimum((ratio-1.2).abs())<1e-4).sum()>=45 # but for what is at its bound
         else: assert not lams[i].equal(lams[i-1])
+
+def fails_once(folder):
+    class Fail(Callback):
+        "Notes the epochs that are trained; the second member to come to its third epoch ends the run"
+        run_valid = False
+        def before_train(self):
+            with open(f'{folder}/epochs', 'a') as f: f.write(f'{self.learn.epoch} ')
+            if self.learn.epoch==2 and not os.path.exists(f'{folder}/failed'):
+                open(f'{folder}/failed', 'w').close()
+                raise OSError('no space left')
+    return Fail
+
+def test_a_run_that_ended_goes_on(tmp_path, two_workers):
+    "Behind the last epoch that all had finished, which are compared again from there; done, nothing trains; another fit is refused"
+    new = lambda **kw: PBT(maker(fails_once(tmp_path)), n=2, share=0.5, checkpoint=tmp_path/'pop', **kw)
+    with pytest.raises(RuntimeError, match=r'^Member \d ended on Ray by the error above: .*fit again with `resume=True`$') as e:
+        fit_on_ray(new(), 4, 1e-2, max_failures=0)
+    assert 'no space left' in str(e.value.__cause__)
+    first = (tmp_path/'epochs').read_text().split()
+    pop = new(resume=True)
+    results = fit_on_ray(pop, 4, 1e-2)
+    trained = (tmp_path/'epochs').read_text().split()
+    assert not results.errors and {r.metrics['epoch'] for r in results}=={4} and trained[len(first):]==['2','2','3','3']
+    assert max(len(m.read()['lineage']) for m in pop.members)>1
+    again = new(resume=True)
+    fit_on_ray(again, 4, 1e-2)
+    assert (tmp_path/'epochs').read_text().split()==trained and again.schedule==pop.schedule
+    with pytest.raises(ValueError, match='was made with fit='): fit_on_ray(new(resume=True), 5, 1e-2)
+
+def test_no_other_place_for_a_run_that_goes_on(tmp_path):
+    with pytest.raises(ValueError, match='run_config keeps them elsewhere'):
+        fit_on_ray(PBT(maker(), n=2, checkpoint=tmp_path/'pop', resume=True), 1, run_config=tune.RunConfig('other'))
 
 def test_without_ray(monkeypatch):
     import sys
