@@ -12,6 +12,7 @@ Not made: changes of docstrings, of annotations, of `__all__`, of messages and o
 local name are not dropped, which any test notices.
 """
 import argparse,ast,copy,datetime,json,os,platform,resource,shutil,signal,sys,tempfile,time
+import fastai,pytest,torch
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from importlib.util import spec_from_file_location
@@ -20,15 +21,17 @@ from zlib import crc32
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT/'benchmarks'/'results'/'mutants.jsonl'
-LIMIT = 60
+LIMIT = 120
+BEFORE = ['fastai.vision.all','IPython','matplotlib.pyplot','pandas','timm','torchvision.transforms.v2'] # imported once, in front of all forks
 TESTS = { # of each module, what is fast or likely to notice first
     'space': ['nbs/00_space.ipynb', 'tests/test_schedule.py', 'tests/test_policy.py', 'tests/test_policies.py'],
-    'policy': ['nbs/02_policy.ipynb', 'tests/test_policies.py', 'tests/test_policy.py'],
+    'policy': ['nbs/02_policy.ipynb', 'nbs/02f_smoothing.ipynb', 'tests/test_policies.py', 'tests/test_policy.py'],
     'hyper': ['nbs/03_hyper.ipynb', 'tests/test_hyper.py'],
-    'schedule': ['nbs/04_schedule.ipynb', 'tests/test_schedule.py', 'tests/test_policies.py'],
+    'schedule': ['nbs/04_schedule.ipynb', 'tests/test_schedule.py', 'tests/test_plots.py', 'tests/test_report.py', 'tests/test_policies.py'],
     'checkpoint': ['nbs/06_checkpoint.ipynb', 'tests/test_checkpoint.py']}
-NOT_RUN = ('sigkill or needs_neither or ' # in a new interpreter, where no hook is
-           'dark_target or bit_for_bit or second_moment or error_leaves or any_range or right_policies or replayed_elsewhere or by_name or object_given or old_checkpoints or report or two_policies')  # slow
+NOT_RUN = ['sigkill', 'needs_neither', # in a new interpreter, where no hook is
+    'dark_target', 'bit_for_bit', 'second_moment', 'error_leaves', 'any_range', 'replayed_elsewhere', 'hyperparameters_by_name', 'object_given', 'old_checkpoints',
+    'a_report_speaks', 'two_policies'] # fits, which take long
 
 # --- what is changed
 
@@ -145,9 +148,10 @@ def noticed(module:str, source:str) -> str:
         try:
             if t.suffix=='.ipynb': run_examples(t)
         except Exception: return t.name
-    first,os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = FirstFailure(),'1' # they would warn that they are imported already
-    code = pytest.main(['-x','-q','-p','no:cacheprovider','--rootdir',str(ROOT),'-c',str(ROOT/'pyproject.toml'),'--basetemp','pytest','-k',f'not ({NOT_RUN})',
-                        *(str(t) for t in tests if t.suffix=='.py')], plugins=[first])
+    first = FirstFailure()
+    os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1' # they would warn that they are imported already
+    code = pytest.main(['-x','-q','-p','no:cacheprovider','--rootdir',str(ROOT),'-c',str(ROOT/'pyproject.toml'),'--basetemp','pytest','-k',f"not ({' or '.join(NOT_RUN)})",
+                        *(str(t) for t in tests if '.py' in t.name)], plugins=[first])
     return first.failed.split('[')[0] or ('survived' if code==0 else 'import')
 
 def outcome(module:str, source:str) -> str:
@@ -189,8 +193,7 @@ def run(module:str, n:int, seed:int, again:bool):
         known = records.get(key(r))
         if known and not (again and known['now']=='survived' and not known.get('why')): continue
         began,now = time.time(),outcome(module, source)
-        records[key(r)] = {**r, 'first': now, **(known or {}), 'line': r['line'], 'now': now}
-        write(records)
+        write({**read(), key(r): {**r, 'first': now, **(known or {}), 'line': r['line'], 'now': now}})
         print(f"{module}:{r['line']} {r['kind']}, {time.time()-began:.0f} s: {now}" + f"\n    {r['before']}\n    {r['after']}"*(now=='survived'), flush=True)
 
 def report(seed:int) -> str:
@@ -220,7 +223,7 @@ if __name__=='__main__':
     parser.add_argument('--again', action='store_true')
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT),str(ROOT/'tests')]
-    import fastai.vision.all,IPython,matplotlib.pyplot,pandas,pytest,timm,torch,torchvision.transforms.v2 # noqa: what takes long
+    for name in BEFORE: import_module(name)
     torch.set_num_threads(1)
     for module in args.modules: run(module, args.n, args.seed, args.again)
     FILE.with_suffix('.md').write_text(report(args.seed))

@@ -3,9 +3,10 @@ import json,os,signal,subprocess,sys
 from pathlib import Path
 import numpy as np
 import pytest, torch
-from hba_fastai.search import ScheduleCallback
 from hba_fastai import files
+from hba_fastai.data import digits_dls
 from hba_fastai.schedule import Schedule,ScheduleError
+from hba_fastai.search import ScheduleCallback
 from hba_fastai.space import PBASpace,TABLE7
 
 space = PBASpace()
@@ -78,6 +79,10 @@ def test_frame_and_plot(schedule):
     assert schedule.frame().shape==(3,54)
     axs = schedule.plot()
     assert [len(ax.collections) for ax in axs]==[15,12]
+
+def test_it_shows_images_at_five_points(schedule):
+    axs = schedule.show(digits_dls(20, 10, bs=10, size=12), n=2)
+    assert axs.shape==(5,2) and axs.flat[0].figure is axs.flat[-1].figure
 
 def calm(**kw):
     "A schedule that uses all that a schedule can say"
