@@ -25,6 +25,17 @@ checkpoint.save_checkpoint({str(f)!r}, dict(epoch=2))"""
 def test_a_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match='give the name of a file'): save_checkpoint(tmp_path, {})
 
+class Deed:
+    "What a pickle can hold: on reading, a call"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir,(str(self.path),)
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    "Also where its digest is right, as anybody can compute it"
+    f = save_checkpoint(tmp_path/'s.pth', dict(epoch=1, deed=Deed(tmp_path/'done')))
+    with pytest.raises(CheckpointError, match='holds more than tensors, numbers and text'): load_checkpoint(f)
+    assert os.listdir(tmp_path)==['s.pth']
+
 HEADS = {'older': (b'hba-fastai checkpoint 3\n', 'was written by an older version of hba-fastai and cannot be continued: start a new search'),
          'oldest': (b'hba-fastai checkpoint 1\n', 'older version'), 'newer': (b'hba-fastai checkpoint 7\n', 'newer version'),
          'much newer': (b'hba-fastai checkpoint 12\n', 'newer version'),

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from hba_fastai.exploit import descend
+from hba_fastai.hyper import HyperLayer
 from hba_fastai.hypernet import HyperNet
 from hba_fastai.lam import Hyperparameters
 from hba_fastai.layers import select
@@ -455,6 +456,14 @@ def test_phi_go_on_where_shapes_agree_and_begin_anew_elsewhere():
     for l,q,fresh in zip(new.layers, old.layers, (False,False,True)):
         assert all(torch.equal(l.U[k], q.U[k]) and torch.equal(l.V[k], q.V[k]) for k in l.U) != fresh
         assert not fresh or l.V['weight'].abs().max()==0
+
+def test_phi_begin_as_if_the_layer_were_made_anew():
+    "Not from what it has learned: φ_U is drawn as torch draws a new layer's weights, φ_V is 0"
+    make = lambda: (torch.manual_seed(0), nn.Conv2d(3,4,3))[1]
+    learned = make()
+    for p in learned.parameters(): nn.init.constant_(p, 7.)
+    new,layer = make(),(torch.manual_seed(0), HyperLayer(learned, 5))[1]
+    assert all(torch.equal(layer.U[k], getattr(new,k)) and not layer.V[k].any() and (getattr(learned,k)==7).all() for k in ('weight','bias'))
 
 def test_phi_require_gradients_unless_they_follow():
     conv = nn.Conv2d(3,4,3)

@@ -1,9 +1,13 @@
 "The sampler against its specification and against a literal walk, and the expected dose against simulation"
+import random
 import numpy as np, pytest, torch
+from torch import nn
+from hba_fastai.dropout import Dropout
 from hba_fastai.ops import OP_NAMES
 from hba_fastai.pba import GRADED,P_K,PBAPolicy
-from hba_fastai.policy import Data
-from hba_fastai.space import PBASpace
+from hba_fastai.policy import Data,Policy,check_policy
+from hba_fastai.smoothing import LabelSmoothing
+from hba_fastai.space import PBASpace,Space
 
 def gen(seed): return torch.Generator().manual_seed(seed)
 
@@ -68,6 +72,31 @@ def test_draws_do_not_depend_on_neighbours(n=512):
         for u,v in zip(a,b): assert torch.equal(u[:k], v[:k])
     x = torch.rand(n,3,8,8)
     assert torch.equal(policy.apply(x, a)[:7], policy.apply(x[:7], type(a)(*[o[:7] for o in a])))
+
+@pytest.mark.parametrize('shift', [1,-1,2])
+def test_who_looks_at_one_neighbour_is_refused(shift):
+    "Whichever: the last image, which the check exchanges, is the neighbour of one other"
+    class Blend(Policy):
+        space = Space(blend=(0,0.5))
+        def draw(self, v, generator): return v.blend*torch.rand(len(v), generator=generator)
+        def dose(self, drawn): return drawn[:,None]
+        def apply(self, x, drawn, generator): return x.lerp(x.roll(shift, 0), drawn[:,None,None,None])
+    with pytest.raises(ValueError, match='depends on the others in its batch'): check_policy(Blend())
+
+@pytest.mark.parametrize('shift', [1,-1])
+def test_so_is_a_loss_that_looks_at_one(shift):
+    class Shared(LabelSmoothing):
+        def on_loss(self, losses, pred, targ, drawn): return losses.lerp(losses.roll(shift), drawn)
+    with pytest.raises(ValueError, match='`on_loss` of Shared'): check_policy(Shared())
+
+def test_a_sum_is_for_the_model_as_soon_as_one_part_is():
+    model,both = nn.Sequential(nn.Linear(2,2), nn.Dropout(0.1)),PBAPolicy()+LabelSmoothing()
+    assert both.for_model(model) is both and len((both+Dropout()).for_model(model).space)==len(both.space)+1
+
+def test_a_check_draws_nothing_from_the_global_generators():
+    before = torch.get_rng_state(),np.random.get_state()[2],random.getstate()
+    check_policy(LabelSmoothing())
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[2],random.getstate())==before[1:]
 
 def test_signs_are_even_and_only_geometric(n=50_000):
     d = PBAPolicy().draw_under(torch.zeros(n,54), gen(0))

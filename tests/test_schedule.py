@@ -3,9 +3,10 @@ import json,os,signal,subprocess,sys
 from pathlib import Path
 import numpy as np
 import pytest, torch
-from hba_fastai.search import ScheduleCallback
 from hba_fastai import files
+from hba_fastai.data import digits_dls
 from hba_fastai.schedule import Schedule,ScheduleError
+from hba_fastai.search import ScheduleCallback
 from hba_fastai.space import PBASpace,TABLE7
 
 space = PBASpace()
@@ -53,10 +54,11 @@ BAD = {'not json': (lambda d: '{"format": ', 'not JSON'), 'no schedule': (lambda
        'huge': (lambda d: value(d, [0.1,10**400,0.1]), 'finite numbers'), 'range': (lambda d: value(d, [0.1,1.2,0.1]), 'Invert_1.p has a value outside'),
        'length': (lambda d: value(d, [0.1,0.2]), '3 points of progress and another number'),
        'progress': (lambda d: change(d, progress=[0,0.5,0.4]), 'do not ascend'),
+       'too early': (lambda d: change(d, progress=[-0.1,0.5,1]), 'leave .0,1.'), 'too late': (lambda d: change(d, progress=[0,0.5,1.1]), 'leave .0,1.'),
        'empty': (lambda d: change(d, progress=[], values={k:[] for k in d['values']}), 'disagree'),
        'sigma': (lambda d: change(d, sigma=-1), 'sigma is -1'), 'nested': (lambda d: '['*100_000, 'not JSON'),
        'no values': (lambda d: change(d, values=None), 'no table of values'), 'binary': (lambda d: b'\xff\xfe\x00', 'not JSON'),
-       'no space': (lambda d: change(d, space=7), 'no table of the space'),
+       'no space': (lambda d: change(d, space=7), 'no table of the space:'), 'no spaces': (lambda d: change(d, spaces=7), 'no table of the spaces:'),
        'skip unknown': (lambda d: in_space(d, skip=['Rotate','Blur']), "`skip` names 'Blur', which is no operation"),
        'skip number': (lambda d: in_space(d, skip=7), '`skip` names 7'),
        'inactive nested': (lambda d: in_space(d, inactive=[['Color']]), 'which is no operation'),
@@ -78,6 +80,10 @@ def test_frame_and_plot(schedule):
     axs = schedule.plot()
     assert [len(ax.collections) for ax in axs]==[15,12]
 
+def test_it_shows_images_at_five_points(schedule):
+    axs = schedule.show(digits_dls(20, 10, bs=10, size=12), n=2)
+    assert axs.shape==(5,2) and [row[0].texts[0].get_text() for row in axs]==['0%','25%','50%','75%','100%']
+
 def calm(**kw):
     "A schedule that uses all that a schedule can say"
     sp = PBASpace(limits={'Rotate': (0,10), 'Cutout': [0.05,0.1]})
@@ -98,7 +104,7 @@ def test_a_reader_that_knows_less_does_no_harm(tmp_path):
     def read(**kw): return json.loads(calm(**kw).save(tmp_path/'s.json').read_text())
     d = read(limits=None, provenance=None)
     assert d['version']==1 and all(d['values'][f'{o}_{c}.p']==[0.]*4 for o in ('Invert','AutoContrast') for c in (0,1)) and min(d['values']['Color_0.p'])>0
-    assert read()['version']==2
+    assert read()['version']==2 and 'spaces' not in read() and read()['space']['copies']==2 # what that reader knows
 
 def test_skipping_leaves_the_given_values_alone():
     values = space.values(torch.zeros(1,54).double())
@@ -144,7 +150,7 @@ def test_what_is_printed_is_short_and_ascii():
         end[space.names.index(n)] = v
     s = Schedule([0,1], torch.stack([space.lo,end]), inactive=['Color'])
     assert repr(s)==str(s) and str(s).startswith('Schedule: 2 points, sigma 1; at the end Rotate p=0.60 m=21, Invert p=0.16, ')
-    assert 'could not act in the search: Color' in str(s) and 'Color p' not in str(s)
+    assert 'could not act in the search: Color' in str(s) and 'Color p' not in str(s) and str(s).count(' p=')==5
     for s in (calm(),Schedule([0.], calm(limits=None).table[:1], skip=list(TABLE7))):
         assert str(s).isascii() and len(str(s).splitlines())<=5
     with pytest.raises(ScheduleError) as e: Schedule([0.], space.lo[None], sigma=-1)
