@@ -1,5 +1,6 @@
 "Two processes on gloo: equal λ, φ and schedule, averaged hypergradients, different draws and validation batches"
 import os,subprocess,sys
+import pytest
 from pathlib import Path
 
 WORKER = '''
@@ -93,4 +94,6 @@ def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
 def test_two_processes(tmp_path): run(tmp_path, '0', 'lambda', free_port())
+
+@pytest.mark.slow
 def test_two_processes_with_hold_out_and_dose(tmp_path): run(tmp_path, '0.3', 'dose', free_port())

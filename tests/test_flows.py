@@ -387,10 +387,10 @@ def make(kind, applied):
 
 LARGE = ['timm convnext','timm efficientnet','timm mobilenet','timm vit','timm with gradient checkpointing',
          'torchvision convnext','torchvision efficientnet','xresnet']
-NAMES = [pytest.param(name, id=' - '.join(name), marks=[pytest.mark.slow]*(name[1] in LARGE)) for name in FLOWS]
+def is_slow(name, kind): return name[1] in LARGE or name[0]=='models' and kind=='replay'
+CASES = [pytest.param(name, kind, id=' - '.join([*name,kind]), marks=[pytest.mark.slow]*is_slow(name, kind)) for name in FLOWS for kind in ('search','replay')]
 
-@pytest.mark.parametrize('kind', ['search','replay'])
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name,kind', CASES)
 def test_flow(name, kind, pngs, applied, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     search,f = FLOWS[name]

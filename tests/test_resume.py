@@ -169,7 +169,7 @@ def mutate(data, edits):
 
 fuzz = partial(settings, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
-@fuzz(max_examples=2000) # 10,000 of each: benchmarks/soak.py
+@fuzz(max_examples=1000) # 10,000 of each: benchmarks/soak.py
 @given(edits)
 def test_fuzzed_checkpoints_give_our_error(files, e):
     data = mutate(files[0], e)
@@ -177,7 +177,7 @@ def test_fuzzed_checkpoints_give_our_error(files, e):
     if data==files[0]: return
     with pytest.raises(CheckpointError): load_checkpoint(files[2]/'m.pth')
 
-@fuzz(max_examples=2000) # 10,000 of each: benchmarks/soak.py
+@fuzz(max_examples=1000) # 10,000 of each: benchmarks/soak.py
 @given(edits)
 def test_fuzzed_schedules_give_our_error_or_a_sound_schedule(files, e):
     (files[2]/'m.json').write_bytes(mutate(files[1], e))

@@ -179,7 +179,7 @@ def test_save_through_a_link_keeps_the_link(schedule, tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(schedule, tmp_path, monkeypatch):
     schedule.save(tmp_path/'s.json')
-    def full(fd): raise OSError('no space left')
+    def full(fd): raise OSError(28, 'no space left')
     monkeypatch.setattr(files.os, 'fsync', full)
     with pytest.raises(OSError, match='no space left'): calm().save(tmp_path/'s.json')
     assert Schedule.load(tmp_path/'s.json')==schedule and os.listdir(tmp_path)==['s.json']
