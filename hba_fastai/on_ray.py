@@ -23,13 +23,13 @@ def _ray_tune():
 
 def _number(trial_id:str) -> int: return int(trial_id.rsplit('_', 1)[-1]) # of the member that is this trial
 
-def _restored(member:Member, checkpoint, lessons):
+def _restored(member:Member, checkpoint, lessons, n_epoch:int):
     "The state of a trial: what it had before it failed, or another member's, to be changed"
     with checkpoint.as_directory() as folder:
         d = load_checkpoint(Path(folder)/'member.pth')
         if lessons: lessons.load_state_dict(load_checkpoint(Path(folder)/'lessons.pth'))
     owner = d['lineage'][-1][1]
-    if owner==member.i: save_checkpoint(member.file, d)
+    if owner==member.i or d['epoch']==n_epoch: save_checkpoint(member.file, d) # its own, or nothing is left to train
     else: member.clone(d, owner, d['epoch'])
 
 def trainable(
@@ -45,7 +45,7 @@ def trainable(
             member = new(i, folder=folder)
             member.make()
             checkpoint = tune.get_checkpoint() or i in starts and tune.Checkpoint.from_directory(starts[i])
-            if checkpoint: _restored(member, checkpoint, lessons)
+            if checkpoint: _restored(member, checkpoint, lessons, n_epoch)
             for epoch in range(min(member.where()[0]+1, n_epoch), n_epoch+1): # what is done is reported again
                 report,told = member.step(epoch, lessons)
                 if told: lessons.learn([told])
