@@ -201,7 +201,7 @@ def report(seed:int) -> str:
     "The table, and what nobody could notice or needs to"
     all_ = list(read().values())
     out = ['Of a sample of the changes that can be made to a module, how many its tests notice. Score: of those that matter; '
-           'the tests are those in `TESTS` of the script, others may notice more.\n']
+           'the tests are those in `TESTS` of the script, others may notice more. So the score before is a lower bound.\n']
     out += ['| module | changes | sample | noticed before | noticed now | do not matter | score before | score now |', '|'+' --- |'*8]
     for m in TESTS:
         rs = [r for r in all_ if r['module']==m]
