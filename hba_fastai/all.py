@@ -28,7 +28,7 @@ from .replay import PolicyCallback,ScheduleCallback
 from .search import HBACallback
 from .plan import n_hyper_steps # with `HBACallback.plan`
 from .verdict import Verdict,hba_verdict
-from .stn import STN_STATS,STNRates,stn_alexnet,stn_learner,stn_policy,stn_space # with `HBACallback.stn`
+from .stn import LearnedSigma,STN_STATS,STNRates,stn_alexnet,stn_learner,stn_policy,stn_space # with `HBACallback.stn`
 from .population import Population,PBT
 from .hpm import HPM
 from .on_ray import fit_on_ray

@@ -47,8 +47,9 @@ def trainable(
             checkpoint = tune.get_checkpoint() or i in starts and tune.Checkpoint.from_directory(starts[i])
             if checkpoint: _restored(member, checkpoint, lessons, n_epoch)
             for epoch in range(min(member.where()[0]+1, n_epoch), n_epoch+1): # what is done is reported again
+                trains = member.where()[0]<epoch
                 report,told = member.step(epoch, lessons)
-                if told: lessons.learn([told])
+                if told and trains: lessons.learn([told]) # of the same epoch, once
                 with tempfile.TemporaryDirectory() as out:
                     shutil.copy(member.file, f'{out}/member.pth')
                     if lessons: save_checkpoint(f'{out}/lessons.pth', lessons.state_dict())

@@ -129,4 +129,7 @@ def stn(cls:HBACallback,
     if epochs<=5: raise ValueError(f"epochs={epochs}, and STN trains for 5 epochs before its first hyper-step: give more")
     form = dict(strategy='conv+linear', condition='lambda', centred=False, sigma=0.5, T_train=2, moves=1, share=1., hlr=3e-3)
     form.update(floor=None, pull=0., warmup=5/epochs, joint=False, fast=False, policy=stn_policy())
-    return (LearnedSigma if learn_sigma else cls)(**{**form, **kwargs})
+    if learn_sigma and cls is HBACallback: cls = LearnedSigma
+    if learn_sigma and not issubclass(cls, LearnedSigma):
+        raise TypeError(f"{cls.__name__} keeps σ as it is and learn_sigma=True lets it move: derive {cls.__name__} from LearnedSigma")
+    return cls(**{**form, **kwargs})

@@ -85,3 +85,10 @@ def test_training_draws_with_the_sigma_of_now():
     (dict(sigma=0.), 'sigma=0 is where a σ starts'), (dict(tau=-1.), 'tau=-1.0 is the weight'), (dict(tau=float('nan')), 'tau=nan')])
 def test_bad_input(kw, says):
     with pytest.raises(ValueError, match=says): search(**kw)
+
+def test_a_derived_callback_keeps_its_class():
+    class Ours(LearnedSigma): pass
+    class Other(HBACallback): pass
+    assert type(Ours.stn(10, learn_sigma=True)) is Ours and type(Other.stn(10)) is Other
+    assert type(HBACallback.stn(10, learn_sigma=True)) is LearnedSigma is type(LearnedSigma.stn(10))
+    with pytest.raises(TypeError, match='derive Other from LearnedSigma'): Other.stn(10, learn_sigma=True)

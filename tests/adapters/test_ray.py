@@ -1,13 +1,15 @@
 "A population on Ray, on two local workers: copies change λ in the worker, once the donor's state is loaded; a worker that is killed is survived"
-import os,signal
+import os,shutil,signal
+from types import SimpleNamespace
 import pytest
 ray = pytest.importorskip('ray', reason="needs the extra `ray`")
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
+from hba_fastai.checkpoint import load_checkpoint
 from hba_fastai.data import digits_dls
 from hba_fastai.hpm import HPM
 from hba_fastai.member import JUMP
-from hba_fastai.on_ray import fit_on_ray
+from hba_fastai.on_ray import fit_on_ray,trainable
 from hba_fastai.population import PBT
 from hba_fastai.space import PBASpace
 from ray import tune
@@ -90,6 +92,23 @@ def test_a_run_that_ended_goes_on(tmp_path, two_workers):
     fit_on_ray(again, 4, 1e-2)
     assert (tmp_path/'epochs').read_text().split()==trained and again.schedule==pop.schedule
     with pytest.raises(ValueError, match='was made with fit='): fit_on_ray(new(resume=True), 5, 1e-2)
+
+def test_an_epoch_that_is_reported_again_teaches_nothing_new(tmp_path, monkeypatch):
+    pop = HPM(maker(), n=2, share=0.5, warmup=0., checkpoint=tmp_path/'pop')
+    pop.make_members(fit := ('fit', (2,1e-2), {}))
+    seen,last = [],[]
+    def report(metrics, checkpoint):
+        shutil.copytree(checkpoint.path, folder := tmp_path/f'report_{len(seen)}')
+        last[:] = [tune.Checkpoint.from_directory(folder)]
+        seen.append((metrics['epoch'],load_checkpoint(folder/'lessons.pth')))
+    monkeypatch.setattr(tune, 'get_context', lambda: SimpleNamespace(get_trial_id=lambda: 'run_00000'))
+    monkeypatch.setattr(tune, 'get_checkpoint', lambda: last[0] if last else None)
+    monkeypatch.setattr(tune, 'report', report)
+    for _ in range(2): trainable(pop, fit)({})
+    epochs,lessons = zip(*seen)
+    assert epochs==(1,2,2)
+    assert not lessons[1]['teacher']['V'].equal(lessons[0]['teacher']['V']) # behind the second epoch it learns
+    assert all(lessons[2]['teacher'][k].equal(lessons[1]['teacher'][k]) for k in 'VW')
 
 def test_no_other_place_for_a_run_that_goes_on(tmp_path):
     with pytest.raises(ValueError, match='run_config keeps them elsewhere'):
