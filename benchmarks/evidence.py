@@ -33,7 +33,7 @@ from fastai.callback.schedule import Learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Normalize
-from common import RESULTS,NoValid,environment,quiet
+from common import RESULTS,NoValid,environment,made_by,quiet
 from payoff import BS,LR,MEAN,STD,WD,endless,sets,shifted
 from hba_fastai.all import HBACallback,array_dls
 from hba_fastai.evidence import NAMED,SIGNAL,is_named,signal,standing
@@ -46,7 +46,7 @@ STEPS,UNTIL = 900,0.6
 PLANTS = ['Rotate','Contrast','Invert','TranslateX','ShearY','Cutout']
 OUTSIDE = ['noise','fog','scanner','cast']
 CHOICE,FIRST = [200,202],2.5 # seeds, and the threshold that was chosen on them
-NOW = HBACallback().T_train
+NOW,MOVES = HBACallback().T_train,HBACallback().moves
 
 # --- searches of one training: they part when the warm-up ends, in a process each
 
@@ -54,7 +54,7 @@ class Parted(HBACallback):
     """At the first hyper-step one process after the other goes on, each with a target of its own, up to `UNTIL`;
     they keep, per hyper-step: λ, its hypergradient, the loss, and of each target image which it is and its gradient ∂L_i/∂z"""
     def __init__(self, targets:dict, done, permuted:bool, seed:int, T_train:int):
-        super().__init__(seed=seed, T_train=T_train, moves=T_train//2)
+        super().__init__(seed=seed, T_train=T_train, moves=1 if T_train==2 else MOVES)
         self.targets,self.done,self.permuted,self.generator = targets,done,permuted,torch.Generator().manual_seed(seed)
         self.kept,self.mine = {k: [] for k in ('lam','loss','image','of_image')},None
 
@@ -202,7 +202,6 @@ def observables_table(rs):
 def table():
     "All results as Markdown"
     now,rs = ([r for r in sorted((r for r in lines() if 'signal' in r), key=lambda r: r['seed']) if key(r)[-1]==T] for T in (NOW,2))
-    e = [r['environment'] for r in lines() if 'environment' in r][-1]
     of = lambda f: [r for r in rs if f(r)]
     seeds = lambda rs: sorted({r['seed'] for r in rs})
     return '\n'.join([f'Searches on digits, 30 or 100 target images, counted up to 60% of 900 steps; seeds {seeds(now)}; named from z = {NAMED:g} on:', '',
@@ -212,14 +211,14 @@ def table():
         'and tested on the others:', '', *naming_table(of(lambda r: r['seed'] not in CHOICE), least=FIRST), '',
         'To the end of the course (seed 200):', '', *naming_table(of(lambda r: 'whole' in r), 'whole'), '',
         'What might tell a shift that operations describe (the first six) from others; 100 target images, one number per search, all seeds:', '',
-        *observables_table(now or rs), '',
-        f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['machine']}, one thread.", ''])
+        *observables_table(now), '',
+        *made_by(r['environment'] for r in lines() if 'environment' in r)])
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
     ap.add_argument('--seeds', type=int, nargs='+', default=list(range(200, 212)))
     ap.add_argument('--plants', action='store_true', help='targets under a shift; else nulls')
-    ap.add_argument('--steps', type=int, default=NOW, help='training steps between the hyper-steps')
+    ap.add_argument('--steps', type=int, default=NOW, choices=sorted({2,NOW}), help='training steps between the hyper-steps')
     ap.add_argument('--budget', type=float, default=2700, help='CPU seconds')
     ap.add_argument('--series', type=Path, default=Path('series'), help='folder for the series of hypergradients')
     ap.add_argument('--table', action='store_true', help='only write the table')

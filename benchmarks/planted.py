@@ -240,7 +240,7 @@ def signals(rs, what=lambda of: of):
 
 ABOUT = {
     'digits': 'digits, 16 pixels, a network of three convolutions, 500 images, 30 epochs (150 hyper-steps without warm-up)',
-    'pairs': 'the same, with two operations after another',
+    'pairs': 'the same, with one operation after the other; the place is that of the later one, top-1 is both in front, top-3 both among the first three',
     'cifar16': 'CIFAR-10 JPEG at 16 pixels, WRN-10-1, 4,000 images, 20 epochs (310 hyper-steps)',
     'cifar': 'CIFAR-10 JPEG, WRN-10-1, 4,000 images, 30 epochs (465 hyper-steps)',
     'long': 'CIFAR-10 JPEG at 16 pixels, WRN-10-1 in bfloat16, 4,000 images, 40 epochs (620 hyper-steps without warm-up)',

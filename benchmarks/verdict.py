@@ -25,7 +25,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.optimizer import SGD
 from fastai.vision.augment import Normalize
-from common import RESULTS,NoValid,environment,error_on,quiet
+from common import RESULTS,NoValid,environment,error_on,made_by,quiet
 from hba_fastai.all import HBACallback,array_dls
 from hba_fastai.session import digits_net
 from hba_fastai.verdict import hba_verdict
@@ -89,9 +89,8 @@ def table():
         regret = a[r['use']]['test']-min(o['test'] for o in a.values())
         cells = [f"{o['error']:.0f} ({o['low']:.0f}-{o['high']:.0f}) → {o['test']:.1f}" for o in a.values()]
         out.append(f"| {' | '.join(map(str, key(r)))} | {' | '.join(cells)} | {r['use']} | {r['p']:.2g} | {regret:.1f} | {r['cpu_seconds']:.0f} |")
-    e = [l['environment'] for l in lines() if 'environment' in l][-1]
     out += ['', f'{sum(covered)} of {len(covered)} intervals hold the test error; those of a seed share their 60 images.', '',
-            f"`{e['command']}`, {e['date']}, torch {e['torch']}, {e['machine']}, one thread.", '']
+            *made_by(l['environment'] for l in lines() if 'environment' in l)]
     return '\n'.join(out)
 
 if __name__=='__main__':
