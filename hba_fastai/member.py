@@ -68,6 +68,7 @@ class Role:
     ):
         store_attr()
         self.lineage,self.spent,self.change,self.then = [[0,i]],dict(forward=0, backward=0),None,None
+        self.report,self.told,self.epoch = None,None,0 # behind the last epoch, and which that was
 
     def scattered(self, lam:Hyperparameters) -> Hyperparameters:
         "λ, from where this member starts"
@@ -113,7 +114,8 @@ def end(self:Role, cb) -> dict:
     report = {k: float(v) for k,v in zip(names[1:], values[1:]) if v is not None}
     if 'valid_loss' not in report: raise ValueError("Members of a population are compared by their validation loss and this Learner has none: "
         "give it validation data, and leave the recorder's `valid_metrics` on")
-    last = cb.learn.epoch+1==self.until
+    self.epoch = cb.learn.epoch+1
+    last = self.epoch==self.until
     report['judged'] = self.judged(cb, report['valid_loss']) if last else float('nan')
     self.told = cb.tell() if last else None
     self.report = dict(report, **self.spent, change=self.change)
@@ -212,14 +214,14 @@ class Member:
     @property
     def file(self) -> Path: return Path(self.folder)/f'member_{self.i}.pth'
 
-    def read(self) -> dict: return load_checkpoint(self.file, 'cpu')
+    def read(self) -> dict:
+        if not self.file.exists(): raise CheckpointError(f"{self.file} is missing and the population has written it: put it back, or begin anew")
+        return load_checkpoint(self.file, 'cpu')
 
     def make(self):
         "A new Learner"
         with own_draws(self.key('made')): learn = self.make_learner()
         if not isinstance(learn, Learner): raise TypeError(f"make_learner gives a {type(learn).__name__} and each member needs a new Learner: return one")
-        if odd := first(cb for cb in learn.cbs if isinstance(cb, PolicyCallback)):
-            raise ValueError(f"The Learner of make_learner has {type(odd).__name__} and a population brings its own: leave it out")
         self.learn = learn
         return learn
 
@@ -234,7 +236,16 @@ class Member:
             learn,(name,args,kw) = self.learn or self.make(),self.fit
             role = Role(self.i, self.key(), until, self.judge, self.spread, lessons)
             with quiet_fit(learn, self.key('until', until)): getattr(learn, name)(*args, **kw, cbs=[self.callback(role, self.file),Until(until)])
+            if role.epoch!=until: raise RuntimeError(f"Member {self.i} ended behind epoch {role.epoch} and should train to epoch {until}: "
+                "a callback of its Learner ends its fit early, leave that out of make_learner")
             self.last = until,role.report,role.told
+        return self.last[1:]
+
+    def diverged(self, until:int) -> tuple: # As of `step`
+        "It counts as the worst at epoch `until`; if it does not become a copy it tries again from its file, with a new Learner"
+        before = dict(dict(forward=0, backward=0), **(self.where()[1] or {}))
+        report = {k: v if k in ('forward','backward') else None if k=='change' else math.nan for k,v in before.items()}
+        self.learn,self.last = None,(until,dict(dict(valid_loss=math.nan, judged=math.nan, change=None), **report),None)
         return self.last[1:]
 
 # %% ../nbs/07a1_member.ipynb #41d2fd62

@@ -9,12 +9,14 @@ __all__ = ['Population', 'PBT']
 
 # %% ../nbs/07a3_population.ipynb #fff22ce2
 import inspect,random,shutil,tempfile,weakref
-import pandas as pd
+from numbers import Real
 from fastai.basics import *
+from .alike import check_alike
 from .checkpoint import *
 from .checks import searched_policies
 from .member import *
 from .replay import _schedules
+from .rounds import *
 from .schedule import Schedule
 from .workers import in_processes
 
@@ -23,9 +25,14 @@ def _check(make_learner, n, every, judge, processes):
     if isinstance(make_learner, Learner) or not callable(make_learner):
         raise TypeError(f"make_learner is a {type(make_learner).__name__} and each member needs a new Learner: give a function, such as "
             "`lambda: vision_learner(dls, resnet18)`")
-    if not (isinstance(n, int) and n>=2): raise ValueError(f"n={n} is the number of members: a population has 2 or more")
+    if not (isinstance(n, int) and n>=2): raise ValueError(f"n={n!r} is the number of members: a population has 2 or more")
     for name,v in dict(every=every, judge=1 if judge is None else judge, processes=processes).items():
-        if not (isinstance(v, int) and v>=1): raise ValueError(f"{name}={v} must be a whole number, 1 or more")
+        if not (isinstance(v, int) and v>=1): raise ValueError(f"{name}={v!r} must be a whole number, 1 or more")
+
+def _check_start(spread, checkpoint, resume):
+    if not (isinstance(spread, Real) and 0<=spread<math.inf): raise ValueError(f"spread={spread!r} is a standard deviation: it must be finite and 0 or more")
+    if not isinstance(checkpoint, (str,os.PathLike,type(None))): raise TypeError(f"checkpoint={checkpoint!r} names a folder: give a text or a path")
+    if resume and not checkpoint: raise ValueError("resume=True needs the name of a folder and none is given: say `checkpoint='population'`")
 
 class Population:
     "Algorithm 2: the best of `n` members is copied over all, and each goes on a little different"
@@ -53,7 +60,7 @@ class Population:
     ):
         "What all populations need"
         _check(make_learner, n, every, judge, processes)
-        if resume and not checkpoint: raise ValueError("resume=True needs the name of a folder and none is given: say `checkpoint='population'`")
+        _check_start(spread, checkpoint, resume)
         try: inspect.signature(callback).bind_partial(**given, **kwargs)
         except TypeError as e: raise TypeError(f"{type(self).__name__} {e}: give what its documentation names") from None
         policy,skip,limits = kwargs.pop('policy', None),kwargs.pop('skip', ()),kwargs.pop('limits', None)
@@ -81,10 +88,14 @@ class PBT(Population):
         **kwargs # See `set_up`
     ):
         self.truncates(share)
-        self.set_up(make_learner, n, every, judge, PlainMember, dict(how=partial(factors, by=tuple(by))), dict(share=share, by=list(by)), **kwargs)
+        by = tuple(by) if isinstance(by, (tuple,list)) else (by,)
+        if len(by)<2 or not all(isinstance(f, Real) and 0<f<math.inf for f in by):
+            raise ValueError(f"by={by!r} are the factors of which each value gets one: give two or more, all above 0")
+        self.set_up(make_learner, n, every, judge, PlainMember, dict(how=partial(factors, by=by)), dict(share=share, by=list(by)), **kwargs)
 
     def truncates(self, share:float):
-        if not 0<=share<=0.5: raise ValueError(f"share={share} is the part of members that are replaced by others: it must be from 0 to 0.5")
+        if not (isinstance(share, Real) and 0<=share<=0.5):
+            raise ValueError(f"share={share!r} is the part of members that are replaced by others: it must be from 0 to 0.5")
         self.share = share
 
     def donors(self, losses, until):
@@ -99,20 +110,14 @@ def make_members(self:Population, fit:tuple):
     "All Learners, checked against each other; the folder of the files"
     if num_distrib()>1: raise ValueError(f"{num_distrib()} processes share one training here and a population has a training for each member: "
         "start it as one process, with `processes=` or on Ray, or train one HBACallback in them")
+    if self.rounds and self.rounds[-1]['until']<self.n_epoch:
+        raise ValueError(f"This population was stopped in `{self.settings['fit']}` and another fit would begin anew: call that again, or make a new population")
     if self.rounds: raise ValueError("This population has been fitted and another fit would begin anew: train its winner on, `pop.best.fit(...)`, "
         "or make a new population")
     new = lambda i,folder: Member(i, self.seed, self.make_learner, self.callback, fit, folder, self.judge, self.spread)
     members = [new(i, None) for i in range(self.n)]
     learns = [m.make() for m in members]
-    own = lambda learn: [learn,learn.model,*learn.cbs]
-    shapes = [{k: tuple(v.shape) for k,v in get_model(l.model).state_dict().items()} for l in learns]
-    for i,l in enumerate(learns):
-        before = {id(p) for o in learns[:i] for p in own(o)}
-        if twice := first(p for p in own(l) if id(p) in before):
-            raise ValueError(f"make_learner gives the same {type(twice).__name__} twice and each member trains its own: make all of it in make_learner")
-        odd = first(k for k in {**shapes[0],**shapes[i]} if shapes[0].get(k)!=shapes[i].get(k))
-        if odd: raise ValueError(f"Members 0 and {i} are of different architecture, `{odd}` is {shapes[0].get(odd)} and {shapes[i].get(odd)}: "
-            "they copy each other, so make_learner must give one architecture")
+    self.settings['learner'] = check_alike(learns)
     self.policies = self.policies.for_model(get_model(learns[0].model)) # whose layers may say what is searched
     folder,callback = self.open_folder(learns[0]),partial(self.callback, policy=self.policies)
     for m in members:
@@ -149,16 +154,25 @@ def open_journal(self:Population, goes_on:bool):
         refuse_differences(self.journal, d['settings'], self.settings)
         self.rounds = d['rounds']
         if self.lessons: self.lessons.load_state_dict(d['lessons'])
+    elif not goes_on and self.journal.exists():
+        raise CheckpointError(f"{self.journal.parent} holds a population already: go on with it by `resume=True`, or give another name")
     else:
         for m in self.members: m.file.unlink(missing_ok=True)
         self.write()
 
 # %% ../nbs/07a3_population.ipynb #0a0f3cdd
 @patch
+def step(self:Population, m:Member, until:int) -> tuple:
+    try: return m.step(until, self.lessons)
+    except FloatingPointError as e:
+        self.logger(f"member {m.i} diverged: {str(e).splitlines()[-1].strip()}")
+        return m.diverged(until)
+
+@patch
 def round(self:Population, until:int, last:bool) -> dict:
     "All members train to epoch `until` and are compared"
-    if self.processes>1: out = in_processes(self.members, until, self.lessons, self.processes)
-    else: out = [m.step(until, self.lessons) for m in self.members]
+    if self.processes>1: out = in_processes(self.members, until, self.lessons, self.processes, self.logger)
+    else: out = [self.step(m, until) for m in self.members]
     reports,told = zip(*out)
     losses = [r['judged'] if math.isfinite(r['judged']) else math.inf for r in reports]
     if min(losses)==math.inf: raise FloatingPointError(f"No member has a finite validation loss behind epoch {until}: lower the learning rate")
@@ -180,11 +194,11 @@ def carry_out(self:Population, r:dict):
 @patch
 def run(self:Population, name:str, n_epoch:int, args:tuple, kwargs:dict):
     "Train all members by the method `name` of their Learners"
-    if not (isinstance(n_epoch, int) and n_epoch>=1): raise ValueError(f"n_epoch={n_epoch} is the length of a training: it must be a whole number, 1 or more")
+    if not (isinstance(n_epoch, int) and n_epoch>=1): raise ValueError(f"n_epoch={n_epoch!r} is the length of a training: it must be a whole number, 1 or more")
     odd = first(k for k in ('cbs','reset_opt','start_epoch') if k in kwargs)
     if odd: raise TypeError(f"{odd} is not for a population, whose members are fits that are stopped and go on: put callbacks into the Learner of make_learner")
     inspect.signature(getattr(Learner, name)).bind(None, n_epoch, *args, **kwargs)
-    fit = f'{name}{(n_epoch,*args)} {kwargs or ""}'
+    fit = f"{name}({', '.join([*map(repr, (n_epoch,*args)),*(f'{k}={v!r}' for k,v in kwargs.items())])})"
     stopped = bool(self.members) and self.settings.get('fit')==fit and not (self.rounds and self.rounds[-1]['until']==n_epoch)
     if not stopped: self.make_members((name,(n_epoch,*args),kwargs))
     for m in self.members: m.learn,m.last = None if stopped else m.learn,None # of a fit that was stopped nothing but the files is sound
@@ -210,6 +224,11 @@ def fit_one_cycle(self:Population, n_epoch:int, *args, **kwargs):
     self.run('fit_one_cycle', n_epoch, args, kwargs)
 
 @patch
+def fit_flat_cos(self:Population, n_epoch:int, *args, **kwargs):
+    "Train the population, each member as by `Learner.fit_flat_cos`"
+    self.run('fit_flat_cos', n_epoch, args, kwargs)
+
+@patch
 def say(self:Population):
     "One line of the last round"
     r = self.rounds[-1]
@@ -218,10 +237,16 @@ def say(self:Population):
     self.logger(f"epoch {r['until']}: loss {min(finite):.4f} (member {k}) to {max(finite):.4f}{f', {n} copied' if n else ''}")
 
 # %% ../nbs/07a3_population.ipynb #a811c543
+@patch
+def __repr__(self:Population):
+    r = self.rounds[-1] if self.rounds else None
+    where = f"at epoch {r['until']}, best loss {min(r['losses']):.4f} (member {self.winner})" if r else "not fitted"
+    return f"{type(self).__name__} of {self.n} members, {where}"
+
 @patch(as_prop=True)
 def winner(self:Population) -> int:
     "Number of the member with the smallest loss in the last round"
-    if not self.rounds: raise ValueError("This population has finished no round yet: fit it first")
+    if not self.rounds: raise ValueError("This population has finished no round yet: fit it first, with `resume=True` if its folder has one")
     losses = self.rounds[-1]['losses']
     return losses.index(min(losses))
 
@@ -241,48 +266,7 @@ def best(self:Population) -> Learner:
     return learn
 
 # %% ../nbs/07a3_population.ipynb #02bc2634
-@patch
-def frame(self:Population) -> pd.DataFrame:
-    """A row for each member in each round: losses, metrics, images through its network so far; where it began the round as a copy: its donor, how far λ moved
-    in σ√H, by how much the response `predicted` the loss to change, and what was `realised` at the end of the round, against the donor"""
-    rows,before = [],0
-    for r in self.rounds:
-        for i,report in enumerate(r['reports']):
-            c = dict(report['change'] or {}) # the last one
-            if c.pop('epoch', None)!=before: c = {}
-            if c: c['realised'] = r['losses'][i]-r['losses'][c['donor']]
-            rows.append(dict(epoch=r['until'], member=i, **{k: v for k,v in report.items() if k!='change'}, **c))
-        before = r['until']
-    return pd.DataFrame(rows)
-
-# %% ../nbs/07a3_population.ipynb #0e466e51
-@patch
-def draw_losses(self:Population, ax):
-    "Losses of the members over the epochs, the winner's lineage in front"
-    epochs,losses = [r['until'] for r in self.rounds],[r['losses'] for r in self.rounds]
-    lineage = self.members[self.winner].read()['lineage']
-    who = [[i for since,i in lineage if since<e][-1] for e in epochs]
-    for j,r in enumerate(self.rounds[:-1]):
-        for i,donor in enumerate(r['donors']):
-            copied = donor not in (None,i)
-            ax.plot(epochs[j:j+2], [losses[j][donor if copied else i],losses[j+1][i]], color='0.7', lw=1, ls='--' if copied else '-', marker='.', ms=4)
-    ax.plot(epochs, [l[i] for l,i in zip(losses, who)], color='C0', lw=2, label='the winner and its donors')
-    ax.set(ylabel='validation loss')
-    ax.legend(frameon=False)
+Population.frame,Population.plot,Population.draw_losses = frame,plot,draw_losses
 
 @patch
-def plot(self:Population):
-    "Draw losses and copies, and where values changed most in the winner's lineage; returns the axes"
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-    panels = self.panels()
-    _,axs = plt.subplots(len(panels), 1, figsize=(9,1+2.8*len(panels)), sharex=True, squeeze=False, layout='constrained')
-    for ax,draw in zip(axs[:,0], panels):
-        draw(ax)
-        for side in ('top','right'): ax.spines[side].set_visible(False)
-    ax.set_xlabel('epoch')
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return axs[:,0]
-
-@patch
-def panels(self:Population) -> list: return [self.draw_losses]
+def panels(self:Population) -> list: return [self.draw_losses] # of `plot`

@@ -143,7 +143,7 @@ class HBACallback(PolicyCallback):
 
     def after_epoch(self):
         "Note λ, and write the checkpoint"
-        if not self.attached: return # an epoch that SkipToEpoch left out
+        if not self.attached: return # an epoch that was left out
         self.plain_network() # also after an epoch that was cancelled, when `after_train` does not fire
         self.note(self.learn.epoch+1)
         if self.checkpoint: resuming.write(self)

@@ -118,7 +118,7 @@ class LearnedSigma(HBACallback):
 # %% ../nbs/07f_stn.ipynb #d6b41f1b
 @patch(cls_method=True)
 def stn(cls:HBACallback,
-    epochs:int, # Length of the fit
+    epochs:int, # Length of the fit, more than 5
     learn_sigma:bool=False, # Is σ learned, as in their runs on CIFAR-10?
     **kwargs # Other arguments of `HBACallback`; with `learn_sigma` also `tau`
 ) -> HBACallback:
@@ -129,6 +129,8 @@ def stn(cls:HBACallback,
     if epochs<=5: raise ValueError(f"epochs={epochs}, and STN trains for 5 epochs before its first hyper-step: give more")
     form = dict(strategy='conv+linear', condition='lambda', centred=False, sigma=0.5, T_train=2, moves=1, share=1., hlr=3e-3)
     form.update(floor=None, pull=0., warmup=5/epochs, joint=False, fast=False, policy=stn_policy())
+    if 'tau' in kwargs and not (learn_sigma or issubclass(cls, LearnedSigma)):
+        raise TypeError(f"tau={kwargs['tau']!r} is of a σ that is learned and learn_sigma=False keeps it: say `learn_sigma=True`")
     if learn_sigma and cls is HBACallback: cls = LearnedSigma
     if learn_sigma and not issubclass(cls, LearnedSigma):
         raise TypeError(f"{cls.__name__} keeps σ as it is and learn_sigma=True lets it move: derive {cls.__name__} from LearnedSigma")

@@ -25,7 +25,7 @@ class Teacher(nn.Module):
         noise:float=0.01 # Standard deviation of W at the start, at which factors are near 1
     ):
         super().__init__()
-        if m<2: raise ValueError(f"m={m} is the number of patterns that a teacher tells apart: it must be 2 or more")
+        if not (isinstance(m, int) and m>=2): raise ValueError(f"m={m!r} is the number of patterns that a teacher tells apart: it must be 2 or more")
         if form not in FORMS: raise ValueError(f"form={form!r} is unknown: use one of {list(FORMS)}")
         g = torch.Generator().manual_seed(seed)
         self.form = form

@@ -1,9 +1,14 @@
 "A population: who becomes whose copy, when, with what; stopped anywhere it comes to the same end; bad input is refused in a sentence"
 import os,signal
 from types import SimpleNamespace
+import numpy as np
 import pytest, torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback,CancelFitException
+from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
+from fastai.callback.tracker import EarlyStoppingCallback,ReduceLROnPlateau,SaveModelCallback
+from fastai.losses import LabelSmoothingCrossEntropyFlat
+from fastai.optimizer import SGD
 from conftest import small_net
 from hba_fastai.data import digits_dls
 from hba_fastai.dropout import Dropout
@@ -12,6 +17,8 @@ from hba_fastai.lam import Hyperparameters
 from hba_fastai.member import JUMP,Member,gaussian
 from hba_fastai.pba import PBAPolicy
 from hba_fastai.population import PBT,Population
+from hba_fastai.schedule import Schedule
+from hba_fastai.search import ScheduleCallback
 from hba_fastai.smoothing import LabelSmoothing
 from hba_fastai.space import PBASpace,Space
 from hba_fastai.transform import PolicyTransform
@@ -31,7 +38,7 @@ DLS = digits_dls(60, 40, bs=20, size=8)
 def learner(*cbs, n=10): return Learner(DLS, small_net(n=n), cbs=[Watch(),*cbs])
 
 def population(kind='pbt', make=learner, n=4, **kwargs):
-    pop = KINDS[kind](make, n, share=0.25, **kwargs) if kind!='algorithm 2' else Population(make, n, judge=20, **kwargs)
+    pop = KINDS[kind](make, n, **{'share': 0.25, **kwargs}) if kind!='algorithm 2' else Population(make, n, judge=20, **kwargs)
     pop.logger = lambda line: None
     return pop
 
@@ -133,7 +140,7 @@ def test_stopped_the_same_object_goes_on_and_trained_it_is_not_trained_again(kin
     pop = population(kind, lambda: learner(Cut(at, cut)), n=3)
     with pytest.raises(PowerCut): fit(pop)
     if pop.rounds:
-        with pytest.raises(ValueError, match='has been fitted and another fit would begin anew'): fit(pop, 2)
+        with pytest.raises(ValueError, match=r'was stopped in `fit_one_cycle\(3, 0.01\)` and another fit would begin anew'): fit(pop, 2)
     fit(pop)
     assert same(pop.rounds, whole.rounds) and all(map(same, end_of(whole), end_of(pop))) and whole.schedule==pop.schedule
     for epochs in (3,4):
@@ -194,6 +201,11 @@ BAD = { # arguments of `population`, and of its fit; error, and what it says
     'one model': (dict(make=lambda: Learner(DLS, SAME.model)), ValueError, 'the same Sequential twice'),
     'one callback': (dict(make=lambda: Learner(DLS, small_net(), cbs=SAME.cbs[-1])), ValueError, 'the same Watch twice'),
     'space': (dict(policy=Space(noise=(0,1))), TypeError, 'is no policy: give objects'),
+    'n as text': (dict(n='4'), ValueError, "n='4' is the number"), 'spread': (dict(spread=-1), ValueError, 'spread=-1 is a standard deviation'),
+    'checkpoint': (dict(checkpoint=5), TypeError, 'checkpoint=5 names a folder'), 'factors': (dict(by=(-1,2)), ValueError, r'by=\(-1, 2\) are the factors'),
+    'one factor': (dict(by=1.2), ValueError, r'by=\(1.2,\) are the factors'),
+    'hpm argument': (dict(kind='hpm', foo=1), TypeError, 'HPM knows no foo'), 'form': (dict(kind='hpm', form='x'), ValueError, "form='x' is unknown"),
+    'teacher': (dict(kind='hpm', lr=-1), ValueError, 'lr=-1 is the learning rate of the teacher'),
     'every': (dict(every=0), ValueError, 'every=0 must be a whole number'),
     'resume': (dict(resume=True), ValueError, 'resume=True needs the name of a folder'),
     'argument': (dict(hlr=0.1), TypeError, "unexpected keyword argument 'hlr'"),
@@ -216,8 +228,59 @@ def test_the_share_that_is_replaced():
 
 def test_members_of_different_architecture():
     sizes = iter((10,10,12,10))
-    with pytest.raises(ValueError, match='Members 0 and 2 are of different architecture, `8.weight` is .10, 16. and .12, 16.'):
+    with pytest.raises(ValueError, match='Members 0 and 2 differ in shape of `8.weight`, .10, 16. and .12, 16.'):
         fit(population(make=lambda: learner(n=next(sizes))))
+
+ODD = { # what the second member has, and what is named
+    'images of validation': (lambda: Learner(digits_dls(60, 40, bs=20, size=8, seed=1), small_net()), 'validation data, 40 items with digest'),
+    'loss': (lambda: Learner(DLS, small_net(), loss_func=LabelSmoothingCrossEntropyFlat()), 'loss, CrossEntropyLossFlat and LabelSmoothingCrossEntropyFlat'),
+    'optimizer': (lambda: Learner(DLS, small_net(), opt_func=SGD), 'optimizer, '),
+    'weight decay': (lambda: Learner(DLS, small_net(), wd=0.3), 'weight decay, None and 0.3'),
+    'batch': (lambda: Learner(digits_dls(60, 40, bs=10, size=8), small_net()), 'batch size, 20 and 10'),
+    'training data': (lambda: Learner(digits_dls(50, 40, bs=20, size=8), small_net()), 'train items, 60 and 50')}
+
+@pytest.mark.parametrize('what', ODD)
+def test_members_that_cannot_be_compared(what, tmp_path):
+    "Named before anything trains; and so is what is not as it was, where a finished population goes on"
+    odd,says = ODD[what]
+    given = iter((learner,odd))
+    pop = population(n=2, make=lambda: next(given)())
+    with pytest.raises(ValueError, match=f'Members 0 and 1 differ in {says}'): fit(pop)
+    fit(population(n=2, checkpoint=tmp_path/'pop'), 1)
+    with pytest.raises(ValueError, match='was made with learner='): fit(population(n=2, make=odd, checkpoint=tmp_path/'pop', resume=True), 1)
+
+@pytest.mark.parametrize('cb,says', [(SaveModelCallback,'members would write one file'), (CSVLogger,'members would write one file'),
+                                     (EarlyStoppingCallback,'a member ends with the others'), (ScheduleCallback,'a population brings its own')])
+def test_callbacks_that_a_member_cannot_have(cb, says):
+    make = lambda: learner(*[cb(population_schedule()) if cb is ScheduleCallback else cb()])
+    with pytest.raises(ValueError, match=f'has {cb.__name__} and {says}'): fit(population(make=make))
+
+def population_schedule(): return Schedule([0.], PBASpace().values(PBASpace().start().double())[None])
+
+def test_a_rate_that_falls_by_the_losses_falls_as_in_one_fit():
+    "Each step of a member is a fit that goes on, and callbacks that compare epochs see those before; λ does not move at share=0"
+    pop = population(make=lambda: learner(ReduceLROnPlateau(monitor='valid_loss', comp=np.greater, factor=2)), n=2, share=0)
+    pop.fit(4, 1e-2)
+    lrs = [[h['lr'] for h in m.read()['training']['opt']['hypers']][-1] for m in pop.members]
+    losses = pop.frame().pivot(index='epoch', columns='member', values='valid_loss').values
+    for i,lr in enumerate(lrs): # the file of the last epoch is written before the callback looks at that epoch
+        falls = sum(losses[e,i]<=losses[:e,i].max() for e in range(1, 3))
+        assert lr==pytest.approx(1e-2/2**falls)
+    assert min(lrs)<1e-2
+
+def test_a_callback_that_ends_a_fit_early_is_named():
+    class Ends(Callback):
+        def before_batch(self):
+            if self.learn.epoch==1: raise CancelFitException
+    with pytest.raises(RuntimeError, match='Member 0 ended behind epoch 1 and should train to epoch 2'): fit(population(make=lambda: learner(Ends()), every=2))
+
+def test_a_folder_that_holds_a_population_is_left_alone(tmp_path):
+    a = fit(population(n=2, checkpoint=tmp_path/'pop'), 1)
+    with pytest.raises(ValueError, match='holds a population already: go on with it by `resume=True`'): fit(population(n=2, checkpoint=tmp_path/'pop'), 1)
+    assert fit(population(n=2, checkpoint=tmp_path/'pop', resume=True), 1).rounds==a.rounds
+    a.members[a.winner].file.unlink()
+    with pytest.raises(ValueError, match='member_..pth is missing'):
+        fit(population(n=2, checkpoint=tmp_path/'pop', resume=True), 1).best
 
 @pytest.mark.parametrize('kw,says', [(dict(cbs=[]),'cbs is not for a population'), (dict(momentum=3),'unexpected keyword')])
 def test_arguments_of_the_fit(kw, says):
@@ -232,6 +295,25 @@ def test_a_member_that_diverges_is_replaced_and_all_are_an_error():
     pop = fit(population(make=lambda: learner(Nan(next(which)))), 2)
     assert pop.rounds[0]['donors'][1] not in (None,1)
     with pytest.raises(FloatingPointError, match='No member has a finite validation loss behind epoch 1'): fit(population(make=lambda: learner(Nan(1))), 1)
+
+@pytest.mark.parametrize('processes', [1,pytest.param(2, marks=pytest.mark.slow)])
+def test_a_student_whose_hypergradients_are_not_finite_is_replaced(processes):
+    "It counts as the worst, and its copy goes on; all the others are as they would be"
+    def make(): # in a process of its own it is made again
+        class Worse(Callback):
+            order = 16
+            def before_train(self):
+                if self.learn.student.role.i==1 and self.learn.epoch==1:
+                    plain = self.learn.student.target_loss
+                    self.learn.student.target_loss = lambda b: plain(b)*float('nan')
+        return learner(Worse())
+    said = []
+    pop = population('hpm', make, n=3, share=0.3, warmup=0., processes=processes)
+    pop.logger = said.append
+    fit(pop, 3)
+    assert pop.rounds[1]['losses'][1]==float('inf') and pop.rounds[1]['donors'][1] not in (None,1)
+    assert any(o.startswith('member 1 diverged: ') and 'hypergradients of this epoch were not finite' in o for o in said)
+    assert all(torch.isfinite(torch.tensor(pop.rounds[2]['losses']))) and len(pop.frame())==9 and pop.schedule.progress[-1]==1
 
 @pytest.mark.slow
 def test_processes_give_the_same_and_one_that_is_killed_is_started_again(tmp_path, monkeypatch):

@@ -1,8 +1,12 @@
 "Stop and go on: the search continues as the uninterrupted one would have; a killed process leaves a file that loads; files are never executed"
 import json,os,signal,subprocess,sys,time
 from pathlib import Path
+import numpy as np
+import pandas as pd
 import pytest, torch
 from fastai.callback.core import Callback
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import EarlyStoppingCallback,ReduceLROnPlateau,SaveModelCallback
 from fastai.optimizer import OptimWrapper,SGD
 from functools import partial
 from hypothesis import HealthCheck,given,settings,strategies as st
@@ -62,6 +66,29 @@ def test_resume_in_a_process_with_another_seed_holds_the_same_items_out(tmp_path
     with pytest.raises(RuntimeError, match='power cut'): fit(1, Stop(1))
     fit(2)
     assert len(held)==2 and held[0]==held[1]
+
+def test_callbacks_that_compare_epochs_see_those_before_the_stop(tmp_path):
+    "The best model stays, patience runs on, the rate falls as often, and the table is whole: fastai's own fail where epochs are left out"
+    def search(name, *more, **kwargs):
+        learn,worse = small_learner(path=tmp_path/name, opt_func=SGD),dict(monitor='valid_loss', comp=np.greater) # than ever: it seldom is
+        watch = [SaveModelCallback(),ReduceLROnPlateau(**worse, factor=2),EarlyStoppingCallback(**worse, patience=4)]
+        hba = HBACallback(checkpoint='search', seed=1, warmup=0., valid=0.3, **kwargs)
+        learn.fit(8, 0.01, cbs=[hba,*watch,*more])
+        return learn,hba.schedule,[(cb.best,getattr(cb, 'wait', None)) for cb in watch],learn.opt.hypers[-1]['lr']
+    class Written(Callback):
+        "When was the best model written?"
+        order,times = 80,{}
+        def after_epoch(self): self.times[self.learn.epoch] = (tmp_path/'half/models/model.pth').stat().st_mtime_ns
+    whole,*a = search('whole', CSVLogger())
+    with pytest.raises(RuntimeError, match='power cut'): search('half', Stop(3))
+    before = (tmp_path/'half/models/model.pth').stat().st_mtime_ns
+    again,*b = search('half', Written(), CSVLogger(), resume=True)
+    there,here = (pd.read_csv(tmp_path/name/'history.csv') for name in ('whole','half'))
+    assert a==b and a[2]<0.01 and len(there)<8 # its rate fell, and it stopped early
+    assert [Written.times[e]==before for e in range(4)]==[True,True,True,False] and 'save' not in vars(again)
+    assert list(here.epoch)==list(there.epoch)
+    for k in ('valid_loss','hyper_loss','mean_p','leading'): assert here[k].equals(there[k])
+    for k,v in whole.model.state_dict().items(): assert torch.equal(v, again.model.state_dict()[k]), k
 
 OTHER = { # how the fit that goes on differs: changes of the Learner, of the fit, of the search; and what is named
     'epochs': ({}, dict(n=3), {}, 'epochs=2 and this search has 3'), 'T_train': ({}, {}, dict(T_train=3), 'T_train=4 and this search has 3'),
