@@ -20,7 +20,8 @@ from .stream import labels_of
 # %% ../nbs/07a2a_alike.ipynb #35f45668
 def _fingerprint(ds) -> str:
     "Which items a data set has, as far as files or labels tell"
-    files,labels = files_of(ds),labels_of(ds)
+    files = files_of(ds)
+    labels = None if files else labels_of(ds)
     what = [Path(f).parts[-2:] for f in files] if files else None if labels is None else labels.tolist()
     return f"{len(ds)} items" if what is None else f"{len(ds)} items with digest {hashlib.sha256(repr(what).encode()).hexdigest()[:6]}"
 
@@ -30,7 +31,7 @@ def facts(learn:Learner) -> dict: # {name: numbers or text}
     shapes = {f'shape of `{k}`': list(v.shape) for k,v in get_model(learn.model).state_dict().items()}
     valid = {'validation data': _fingerprint(learn.dls.valid_ds)} if len(learn.dls.loaders)>1 else {}
     data = {k.replace('_', ' '): v for k,v in described_data(learn.dls).items()}
-    return dict(shapes, loss=type(learn.loss_func).__name__, optimizer=described_optimizer(learn.opt), **{'weight decay': learn.wd}, **data, **valid)
+    return dict(shapes, loss=getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__), optimizer=described_optimizer(learn.opt), **{'weight decay': learn.wd}, **data, **valid)
 
 # %% ../nbs/07a2a_alike.ipynb #e785104e
 ONE_FILE = "members would write one file"

@@ -161,8 +161,8 @@ class HPM(PBT):
 def draw_factors(self:HPM, ax):
     "The mean |g-1| over epochs"
     rounds,made = [r for r in self.rounds if 'factor' in r],self.frame()
-    ax.plot([r['until'] for r in rounds], [r['factor'] for r in rounds], color='C1', label='all students')
+    ax.plot([r['until'] for r in rounds], [r['factor'] for r in rounds], color='C1', label="all students, before the teacher's step")
     epochs = [r['until'] for r in self.rounds]
-    if 'factor' in made: ax.plot(made.epoch.map(dict(zip(epochs[1:], epochs))), made.factor, 'o', ms=4, color='C1', alpha=0.5, label='copies')
+    if 'factor' in made: ax.plot(made.epoch.map(dict(zip(epochs[1:], epochs))), made.factor, 'o', ms=4, color='C1', alpha=0.5, label='copies, after it')
     ax.set(ylabel='mean |g-1|', ylim=(0,None))
     ax.legend(frameon=False)

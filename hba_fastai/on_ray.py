@@ -23,13 +23,13 @@ def _ray_tune():
 
 def _number(trial_id:str) -> int: return int(trial_id.rsplit('_', 1)[-1]) # of the member that is this trial
 
-def _restored(member:Member, checkpoint, lessons, n_epoch:int):
+def _restored(member:Member, checkpoint, lessons):
     "The state of a trial: what it had before it failed, or another member's, to be changed"
     with checkpoint.as_directory() as folder:
         d = load_checkpoint(Path(folder)/'member.pth')
         if lessons: lessons.load_state_dict(load_checkpoint(Path(folder)/'lessons.pth'))
     owner = d['lineage'][-1][1]
-    if owner==member.i or d['epoch']==n_epoch: save_checkpoint(member.file, d) # its own, or nothing is left to train
+    if owner==member.i: save_checkpoint(member.file, d)
     else: member.clone(d, owner, d['epoch'])
 
 def trainable(
@@ -45,7 +45,7 @@ def trainable(
             member = new(i, folder=folder)
             member.make()
             checkpoint = tune.get_checkpoint() or i in starts and tune.Checkpoint.from_directory(starts[i])
-            if checkpoint: _restored(member, checkpoint, lessons, n_epoch)
+            if checkpoint: _restored(member, checkpoint, lessons)
             for epoch in range(min(member.where()[0]+1, n_epoch), n_epoch+1): # what is done is reported again
                 trains = member.where()[0]<epoch
                 report,told = member.step(epoch, lessons)
@@ -101,7 +101,8 @@ def fit_on_ray(
     scheduler = tune.schedulers.PopulationBasedTraining(time_attr='epoch', perturbation_interval=pop.every, burn_in_period=burn_in,
         quantile_fraction=pop.share, custom_explore_fn=noop, synch=True) # compared at the same epoch, as by `pop.fit`
     run_config = run_config or tune.RunConfig('ray', str(folder), failure_config=tune.FailureConfig(max_failures=max_failures))
-    run_config = replace(run_config, callbacks=[*(run_config.callbacks or []),_ends_with_a_member(tune)])
+    ends = dict(epoch=n_epoch) # said to Ray, whose scheduler would compare and copy behind the last epoch, too
+    run_config = replace(run_config, stop=run_config.stop or ends, callbacks=[*(run_config.callbacks or []),_ends_with_a_member(tune)])
     train = tune.with_resources(trainable(pop, fit, starts), resources or dict(cpu=1))
     tune_config = tune.TuneConfig(metric='judged', mode='min', num_samples=pop.n, scheduler=scheduler, reuse_actors=True) # a new process takes long to import
     try: results = tune.Tuner(train, run_config=run_config, tune_config=tune_config).fit()
@@ -115,7 +116,7 @@ def take(pop:Population, results):
     last = {}
     for i,r in enumerate(results):
         if r.checkpoint is None: continue
-        with r.checkpoint.as_directory() as folder: last[i] = load_checkpoint(Path(folder)/'member.pth') # a donor's, where the copy came behind the last epoch
+        with r.checkpoint.as_directory() as folder: last[i] = load_checkpoint(Path(folder)/'member.pth')
     if not last: raise RuntimeError(f"No member has finished an epoch on Ray: {first(str(r.error).splitlines()[-1] for r in results if r.error) or 'no error'}")
     for i,d in last.items(): save_checkpoint(pop.members[i].file, d)
     losses = [last[i]['report']['judged'] if i in last else math.inf for i in range(pop.n)]

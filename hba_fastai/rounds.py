@@ -62,5 +62,5 @@ def plot(pop):
         draw(ax)
         for side in ('top','right'): ax.spines[side].set_visible(False)
     ax.set_xlabel('epoch')
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return axs[:,0]
