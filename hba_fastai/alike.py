@@ -31,7 +31,9 @@ def facts(learn:Learner) -> dict: # {name: numbers or text}
     shapes = {f'shape of `{k}`': list(v.shape) for k,v in get_model(learn.model).state_dict().items()}
     valid = {'validation data': _fingerprint(learn.dls.valid_ds)} if len(learn.dls.loaders)>1 else {}
     data = {k.replace('_', ' '): v for k,v in described_data(learn.dls).items()}
-    return dict(shapes, loss=getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__), optimizer=described_optimizer(learn.opt), **{'weight decay': learn.wd}, **data, **valid)
+    more = {'learning rate': learn.lr, 'weight decay': learn.wd, 'metrics': list(learn.metrics.attrgot('name'))}
+    loss = getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__)
+    return dict(shapes, loss=loss, optimizer=described_optimizer(learn.opt), **more, **data, **valid)
 
 # %% ../nbs/07a2a_alike.ipynb #e785104e
 ONE_FILE = "members would write one file"
@@ -56,9 +58,9 @@ def check_alike(learns:list) -> dict: # The facts
     "Raise unless members can be compared and copied"
     for l in learns: refuse_callbacks(l)
     _shared(learns)
-    of = [facts(l) for l in learns]
+    of = [dict(facts(l), callbacks=[type(cb).__name__ for cb in l.cbs]) for l in learns]
     for i,o in enumerate(of):
         odd = first(k for k in {**of[0],**o} if of[0].get(k)!=o.get(k))
         if odd: raise ValueError(f"Members 0 and {i} differ in {odd}, {of[0].get(odd)} and {o.get(odd)}: they are compared and copy each other, "
             "so make_learner must give all the same; make the data once, outside of it, or split them by a seed")
-    return of[0]
+    return {k: v for k,v in of[0].items() if k!='callbacks'} # which may differ where a population goes on

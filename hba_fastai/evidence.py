@@ -6,7 +6,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/evidence.html.md"""
 
 # %% auto #0
 __all__ = ['SIGNAL', 'LEAST_SPREAD', 'NAMED', 'FEW', 'FEW_OF_A_CLASS', 'signal', 'crowd', 'standing', 'least_named', 'is_named',
-           'evidence', 'in_words', 'hindrances']
+           'evidence', 'in_words', 'too_few', 'hindrances']
 
 # %% ../nbs/06f_evidence.ipynb #3a278aae
 from statistics import median
@@ -96,14 +96,15 @@ def in_words(df:pd.DataFrame) -> str:
 # %% ../nbs/06f_evidence.ipynb #07dc3133
 FEW,FEW_OF_A_CLASS = 30,3 # images for the hyper-steps; 30 is the least that was measured
 
+def too_few(steps:int) -> bool: return 2*steps**0.5 < NAMED*LEAST_SPREAD # hyper-steps: no signal is above √steps, nor a middle below -√steps
+
 def hindrances(provenance:dict, moved:bool, steps:int) -> list: # `steps`: number of hyper-steps
     "Why a search could find nothing, from what its schedule says of it and whether the response to the policy moved; one sentence each"
     out,rates,classes = [],provenance.get('lr') or [1],provenance.get('target_classes')
     if max(rates)==0: out.append("The learning rate was 0, so neither the weights nor the response to the policy could learn: fit with a rate above 0")
     elif not moved: out.append("The response to the policy never moved, because its layer is frozen or learns nothing: "
         "unfreeze the model, or choose another strategy")
-    if 2*steps**0.5 < NAMED*LEAST_SPREAD: # no signal is above √steps, nor a middle below -√steps
-        out.append(f"{steps} hyper-step{'s'[:steps!=1]} cannot make an operation stand out, whatever is there: train longer")
+    if too_few(steps): out.append(f"{steps} hyper-step{'s'[:steps!=1]} cannot make an operation stand out, whatever is there: train longer")
     if classes and sum(n>0 for n in classes.values())==1:
         only = next(k for k,n in classes.items() if n>0)
         out.append(f"All images of the hyper-steps are of one class, {only!r}, "

@@ -27,7 +27,7 @@ def by_operation(hba) -> pd.DataFrame:
     df = evidence(hba.lam.gradients(), hba.policies.space, hba.lam.value, hba.points[0][1] if hba.points else hba.start)
     moved = hba.net is None or any(v.abs().max()>0 for l in hba.net.layers for v in l.V.values())
     for why in hindrances(hba.provenance, moved, len(hba.lam.series)): print(f'{why}.')
-    print(in_words(df))
+    if not too_few(len(hba.lam.series)): print(in_words(df))
     if hba.clock.until < hba.points[-1][0]: print(f"Whatever was found, target images took {hba.mix:.0%} of each batch after {hba.until:.0%}.")
     return df
 

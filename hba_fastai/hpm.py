@@ -113,7 +113,8 @@ HBA = set(inspect.signature(HBACallback).parameters)-{'seed','checkpoint','resum
 SET_UP = set(inspect.signature(Population.set_up).parameters)
 
 class HPM(PBT):
-    "Hyperparameter mutation: a population of searches; copies change their λ as a teacher has learned from all"
+    """Hyperparameter mutation: a population of searches; copies change their λ as a teacher has learned from all. For more arguments, such as
+    `checkpoint`, `resume`, `seed`, `spread` and `processes`, see `Population.set_up`; all others are those of `HBACallback`"""
     def __init__(self, make_learner, n:int=8, every:int=1,
         judge:int|None=None, # As in `Population`
         share:float=0.2, # As in `PBT`
@@ -127,7 +128,8 @@ class HPM(PBT):
     ):
         if mutation not in MUTATIONS: raise ValueError(f"mutation={mutation!r} is unknown: use one of {', '.join(MUTATIONS)}")
         if of not in ('position','logit'): raise ValueError(f"of={of!r} is unknown: factors are of the 'position' in the range, or of the 'logit', λ itself")
-        if not (sigma>0 and bound>0): raise ValueError(f"sigma={sigma} and bound={bound} say how far a change of λ can be trusted: both must be above 0")
+        if not all(isinstance(o, Real) and o>0 for o in (sigma,bound)):
+            raise ValueError(f"sigma={sigma!r} and bound={bound!r} say how far a change of λ can be trusted: both must be above 0")
         if isinstance(kwargs.get('valid'), Real):
             raise ValueError(f"valid={kwargs['valid']} holds other images out for each member, and members copy each other: split the data in make_learner")
         if odd := first(k for k in kwargs if k not in HBA|SET_UP): raise TypeError(f"HPM knows no {odd}: give arguments of HBACallback or of a population")

@@ -137,7 +137,7 @@ def factors(cb, g:torch.Generator, by:tuple):
 # %% ../nbs/07a1_member.ipynb #40a731a3
 class PlainMember(PolicyCallback):
     "Trains under a λ that moves only when the state of another member has been loaded"
-    clock,net,stream,saved,inactive,seed,provenance = None,None,None,None,(),None,{}
+    clock,net,stream,saved,inactive,seed,provenance,before = None,None,None,None,(),None,{},()
     schedule_so_far,note = HBACallback.schedule_so_far,HBACallback.note
     def __init__(self,
         role:Role,
@@ -217,6 +217,10 @@ class Member:
     def read(self) -> dict:
         if not self.file.exists(): raise CheckpointError(f"{self.file} is missing and the population has written it: put it back, or begin anew")
         return load_checkpoint(self.file, 'cpu')
+
+    def refuse_other_file(self):
+        "Raise where its file is not its own"
+        if (i := self.read()['lineage'][-1][1])!=self.i: raise CheckpointError(f"{self.file} is that of member {i}: put its own back, or begin anew")
 
     def make(self):
         "A new Learner"

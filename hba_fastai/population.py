@@ -16,6 +16,7 @@ from .checkpoint import *
 from .checks import searched_policies
 from .member import *
 from .replay import _schedules
+from .resume import show_record
 from .rounds import *
 from .schedule import Schedule
 from .workers import in_processes
@@ -29,13 +30,16 @@ def _check(make_learner, n, every, judge, processes):
     for name,v in dict(every=every, judge=1 if judge is None else judge, processes=processes).items():
         if not (isinstance(v, int) and v>=1): raise ValueError(f"{name}={v!r} must be a whole number, 1 or more")
 
-def _check_start(spread, checkpoint, resume):
+def _check_start(spread, seed, checkpoint, resume):
     if not (isinstance(spread, Real) and 0<=spread<math.inf): raise ValueError(f"spread={spread!r} is a standard deviation: it must be finite and 0 or more")
-    if not isinstance(checkpoint, (str,os.PathLike,type(None))): raise TypeError(f"checkpoint={checkpoint!r} names a folder: give a text or a path")
+    if not isinstance(checkpoint, (str,os.PathLike,type(None))) or checkpoint=='':
+        raise TypeError(f"checkpoint={checkpoint!r} names a folder: give a text or a path")
+    if not isinstance(seed, int): raise TypeError(f"seed={seed!r} is where all random numbers come from: give a whole number")
     if resume and not checkpoint: raise ValueError("resume=True needs the name of a folder and none is given: say `checkpoint='population'`")
 
 class Population:
-    "Algorithm 2: the best of `n` members is copied over all, and each goes on a little different"
+    """Algorithm 2: the best of `n` members is copied over all, and each goes on a little different.
+    `checkpoint`, `resume`, `seed`, `spread`, `processes` and what is searched are arguments of all populations, see `Population.set_up`"""
     def __init__(self,
         make_learner, # () -> a new Learner, with a new model; loaders may be shared
         n:int=8,      # Number of members
@@ -45,6 +49,8 @@ class Population:
         noise:float=0.01, # and of that on weights, as a part of the root mean square of each tensor
         **kwargs      # See `set_up`
     ):
+        for name,v in dict(sigma=sigma, noise=noise).items():
+            if not (isinstance(v, Real) and 0<=v<math.inf): raise ValueError(f"{name}={v!r} is the size of a noise: it must be finite and 0 or more")
         how = partial(gaussian, sigma=sigma, noise=noise)
         self.set_up(make_learner, n, every, judge, PlainMember, dict(how=how), dict(sigma=sigma, noise=noise), **kwargs)
 
@@ -60,7 +66,7 @@ class Population:
     ):
         "What all populations need"
         _check(make_learner, n, every, judge, processes)
-        _check_start(spread, checkpoint, resume)
+        _check_start(spread, seed, checkpoint, resume)
         try: inspect.signature(callback).bind_partial(**given, **kwargs)
         except TypeError as e: raise TypeError(f"{type(self).__name__} {e}: give what its documentation names") from None
         policy,skip,limits = kwargs.pop('policy', None),kwargs.pop('skip', ()),kwargs.pop('limits', None)
@@ -80,7 +86,8 @@ class Population:
 
 # %% ../nbs/07a3_population.ipynb #2988de8b
 class PBT(Population):
-    "Population based training: the worst become copies of the best, and their values are multiplied by a factor"
+    """Population based training: the worst become copies of the best, and their values are multiplied by a factor. For more arguments, such as
+    `checkpoint`, `resume`, `seed`, `spread`, `processes` and what is searched, see `Population.set_up`"""
     def __init__(self, make_learner, n:int=8, every:int=1,
         judge:int|None=None, # As in `Population`
         share:float=0.2, # Share of the members that are replaced, and of those that are copied; 0: none
@@ -154,15 +161,16 @@ def open_journal(self:Population, goes_on:bool):
         refuse_differences(self.journal, d['settings'], self.settings)
         self.rounds = d['rounds']
         if self.lessons: self.lessons.load_state_dict(d['lessons'])
-    elif not goes_on and self.journal.exists():
-        raise CheckpointError(f"{self.journal.parent} holds a population already: go on with it by `resume=True`, or give another name")
-    else:
-        for m in self.members: m.file.unlink(missing_ok=True)
-        self.write()
+        for m,report in zip(self.members, self.rounds[-1]['reports'] if self.rounds else ()):
+            if math.isfinite(report['judged']): m.refuse_other_file() # one that has diverged may have none
+    elif there := first(f for f in (self.journal, *(m.file for m in self.members)) if f.exists()):
+        raise CheckpointError(f"{there.parent} holds {there.name} of a population already: go on with it by `resume=True`, or give another name")
+    else: self.write()
 
 # %% ../nbs/07a3_population.ipynb #0a0f3cdd
 @patch
 def step(self:Population, m:Member, until:int) -> tuple:
+    "A member goes on to epoch `until`, or diverges"
     try: return m.step(until, self.lessons)
     except FloatingPointError as e:
         self.logger(f"member {m.i} diverged: {str(e).splitlines()[-1].strip()}")
@@ -196,8 +204,10 @@ def run(self:Population, name:str, n_epoch:int, args:tuple, kwargs:dict):
     "Train all members by the method `name` of their Learners"
     if not (isinstance(n_epoch, int) and n_epoch>=1): raise ValueError(f"n_epoch={n_epoch!r} is the length of a training: it must be a whole number, 1 or more")
     odd = first(k for k in ('cbs','reset_opt','start_epoch') if k in kwargs)
-    if odd: raise TypeError(f"{odd} is not for a population, whose members are fits that are stopped and go on: put callbacks into the Learner of make_learner")
-    inspect.signature(getattr(Learner, name)).bind(None, n_epoch, *args, **kwargs)
+    if odd: raise TypeError(f"{odd} is not for a population, whose members are fits that are stopped and go on: leave it out"
+        f"{', and put callbacks into the Learner of make_learner' if odd=='cbs' else ''}")
+    try: inspect.signature(getattr(Learner, name)).bind(None, n_epoch, *args, **kwargs)
+    except TypeError as e: raise TypeError(f"Learner.{name} {e}") from None
     fit = f"{name}({', '.join([*map(repr, (n_epoch,*args)),*(f'{k}={v!r}' for k,v in kwargs.items())])})"
     stopped = bool(self.members) and self.settings.get('fit')==fit and not (self.rounds and self.rounds[-1]['until']==n_epoch)
     if not stopped: self.make_members((name,(n_epoch,*args),kwargs))
@@ -234,7 +244,9 @@ def say(self:Population):
     r = self.rounds[-1]
     k,n = r['losses'].index(min(r['losses'])),sum(o is not None for o in r['donors'])
     finite = [o for o in r['losses'] if o<math.inf]
-    self.logger(f"epoch {r['until']}: loss {min(finite):.4f} (member {k}) to {max(finite):.4f}{f', {n} copied' if n else ''}")
+    odd = ', '.join(str(i) for i,o in enumerate(r['losses']) if o==math.inf)
+    more = (f', not finite: member {odd}' if odd else '') + (f', {n} copied' if n else '')
+    self.logger(f"epoch {r['until']}: loss {min(finite):.4f} (member {k}) to {max(finite):.4f}{more}")
 
 # %% ../nbs/07a3_population.ipynb #a811c543
 @patch
@@ -261,7 +273,9 @@ def best(self:Population) -> Learner:
     m = self.members[self.winner]
     learn = m.learn or m.make()
     if self.given!=(learn,len(self.rounds)): # else it may have trained on since
-        get_model(learn.model).load_state_dict(m.read()['training']['model'])
+        d = m.read()
+        get_model(learn.model).load_state_dict(d['training']['model'])
+        show_record(learn, d)
         _schedules[learn],self.given = self.schedule,(learn,len(self.rounds))
     return learn
 

@@ -6,8 +6,9 @@ Docs: https://hba-fastai.github.io/hba-fastai/resume.html.md"""
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'described_optimizer', 'described_fit', 'described_data', 'described', 'provenance', 'builtin',
-           'training_state', 'search_state', 'file_of', 'on_disk', 'claim', 'row', 'write', 'refuse_other_model',
-           'read', 'load_training', 'ShownAgain', 'load_before', 'load_buffers', 'load_behind', 'load_draws']
+           'training_state', 'record', 'search_state', 'file_of', 'on_disk', 'claim', 'row', 'write',
+           'refuse_other_model', 'read', 'load_training', 'load_record', 'show_record', 'ShownAgain', 'load_before',
+           'load_buffers', 'load_behind', 'for_next_fit', 'load_draws']
 
 # %% ../nbs/06h_resume.ipynb #a310d2d4
 from datetime import date
@@ -77,7 +78,14 @@ def training_state(learn) -> dict:
     "All that an ordinary training needs to go on"
     scaler = getattr(learn, 'scaler', None)
     return dict(model=get_model(learn.model).state_dict(), opt=builtin(learn.opt.state_dict()), scaler=scaler.state_dict() if scaler else {},
-                rng=rng_state(), train_rng=inner_dl(learn.dls.train).rng.getstate())
+                rng=rng_state(), train_rng=inner_dl(learn.dls.train).rng.getstate(), record=record(learn))
+
+def record(learn) -> dict:
+    "What fastai's `Recorder` has of the batches so far, at the end of an epoch"
+    recorder = getattr(learn, 'recorder', None)
+    if recorder is None: return {}
+    smooth,floats = recorder.smooth_loss,lambda o: torch.tensor([float(v) for v in o], dtype=torch.float64)
+    return dict(lrs=floats(recorder.lrs), losses=floats(recorder.losses), iters=[*recorder.iters,smooth.count], smooth=[smooth.count,float(smooth.val)])
 
 def search_state(hba) -> dict:
     "All that the search beside it needs; `net` is None where no layer responds"
@@ -118,7 +126,7 @@ def write(hba, **more):
     if on_disk(hba) not in (None,hba.on_disk): raise CheckpointError(f"{file_of(hba)} was written by another search while this one ran: "
         "give each a name of its own, the schedule of this one is with its Learner")
     hba.rows.append(row(hba.learn))
-    done = dict(settings=builtin(hba.settings), epoch=hba.learn.epoch+1, rows=hba.rows, provenance=hba.provenance, **more)
+    done = dict(settings=builtin(hba.settings), before=hba.before, epoch=hba.learn.epoch+1, rows=hba.rows, provenance=hba.provenance, **more)
     save_checkpoint(file_of(hba), dict(**done, training=training_state(hba.learn), search=search_state(hba)))
     hba.on_disk = on_disk(hba)
 
@@ -130,12 +138,16 @@ def refuse_other_model(fname, saved:dict, now:dict):
         f"{k} has shape {there.get(k)} there and {here.get(k)} here. Go on with the same model")
 
 def read(hba) -> dict|None:
-    "The checkpoint of `hba`, if there is one and all agrees with it"
+    "The checkpoint of `hba`, if there is one and all agrees with it; a fit of the same course that was done before it is left out"
     fname = file_of(hba)
     if not fname.exists(): return
     d = load_checkpoint(fname, hba.dls.device)
     saved,now = d['settings'],builtin(hba.settings)
     if hba.seed is not None: saved,now = {**saved, 'seed': d['search']['seed']},{**now, 'seed': hba.seed%2**62}
+    done = first(o for o in d['before'] if not differences(o['settings'], builtin(hba.settings)))
+    if done and differences(saved, now):
+        hba.undo.enter_context(hba.learn.added_cbs(ShownAgain(done['rows'])))
+        return
     refuse_differences(fname, saved, now)
     refuse_other_model(fname, d['training']['model'], get_model(hba.model).state_dict())
     return d
@@ -147,18 +159,35 @@ def load_training(learn, training:dict):
     if training['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(training['scaler'])
 
 # %% ../nbs/06h_resume.ipynb #25c33c9c
+def _shown(row:dict, names) -> list:
+    "A row of fastai's table"
+    return [Worded(*row[k]) if isinstance(row.get(k), list) else row.get(k) for k in names if k!='time']
+
+def load_record(recorder, of:dict):
+    "What `record` gave"
+    recorder.lrs,recorder.losses,recorder.iters = of['lrs'].tolist(),list(of['losses'].float()),of['iters']
+    recorder.smooth_loss.count,recorder.smooth_loss.val = of['smooth'][0],torch.tensor(of['smooth'][1])
+
+def show_record(learn, d:dict):
+    "The `Recorder` of a Learner whose checkpoint `d` is, and which has not trained itself"
+    if not d['rows'] or not d['training']['record'] or not hasattr(learn, 'recorder'): return
+    names = list(d['rows'][0])
+    learn.recorder.metric_names,learn.recorder.values = L('epoch',*names,'time'),[L(_shown(row, names)) for row in d['rows']]
+    load_record(learn.recorder, d['training']['record'])
+
 class ShownAgain(Callback):
     "Leaves out the epochs that are done, and shows their figures to callbacks that compare epochs, which save nothing meanwhile"
     order = 70 # behind fastai's `Recorder`, `SaveModelCallback` and others of its kind
-    def __init__(self, rows:list): self.rows = rows
+    def __init__(self, rows:list, record:dict|None=None): self.rows,self.record = rows,record
     def before_epoch(self):
         if self.epoch>=len(self.rows): return
-        recorder,of = getattr(self.learn, 'recorder', None),self.rows[self.epoch]
-        if recorder: recorder.log += [Worded(*of[k]) if isinstance(of.get(k), list) else of.get(k) for k in recorder.metric_names[1:] if k!='time']
+        if hasattr(self.learn, 'recorder'): self.recorder.log += _shown(self.rows[self.epoch], self.recorder.metric_names[1:])
         self.learn.save = lambda file, *args, **kwargs: join_path_file(file, self.path/self.model_dir, ext='.pth')
         raise CancelEpochException
 
-    def after_epoch(self): vars(self.learn).pop('save', None)
+    def after_epoch(self):
+        vars(self.learn).pop('save', None)
+        if self.record and self.epoch+1==len(self.rows) and hasattr(self.learn, 'recorder'): load_record(self.recorder, self.record)
 
 def load_before(hba, d:dict):
     "Before the fit: the training as it was, λ and the schedule so far, and the epochs that are done are left out"
@@ -166,8 +195,8 @@ def load_before(hba, d:dict):
     lrs = [h['lr'] for h in learn.opt.hypers]
     load_training(learn, d['training'])
     for h,lr in zip(learn.opt.hypers, lrs): h['lr'] = lr # a scheduler sets it, or one that looks at epochs lowers it again, as `ReduceLROnPlateau`
-    hba.rows = d['rows']
-    hba.undo.enter_context(learn.added_cbs(ShownAgain(hba.rows[:])))
+    hba.rows,hba.before = d['rows'],d['before']
+    hba.undo.enter_context(learn.added_cbs(ShownAgain(hba.rows[:], d['training']['record'])))
     hba.undo.callback(vars(learn).pop, 'save', None)
     hba.lam.load_state_dict(search['lam'])
     vars(hba.clock).update(search['clock']); vars(hba.course).update(search['course'])
@@ -192,6 +221,12 @@ def load_behind(hba, d:dict):
     if hba.stream: hba.stream.go_to(*search['stream'])
     if hba.late: hba.late.go_to(*search['late'])
     load_draws(hba, d)
+
+def for_next_fit(d:dict|None) -> dict|None:
+    "A checkpoint that nothing has taken, because all epochs of its fit were done: the next fit takes what does not begin anew with each fit"
+    if not d: return
+    places = {k: d['search'][k] and [0,0] for k in ('stream','late')}
+    return {**d, 'search': {**d['search'], 'phi_state': [], 'policies': {}, **places}}
 
 def load_draws(hba, d:dict):
     "The random generators of a policy and of training as they were"

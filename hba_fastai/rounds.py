@@ -41,7 +41,7 @@ def draw_losses(pop, ax):
     lineage,labels = pop.members[pop.winner].read()['lineage'],{False: 'members', True: 'copies, from their donors'}
     who = [[i for since,i in lineage if since<e][-1] for e in epochs]
     grey = dict(color='0.65', lw=1, marker='.', ms=5)
-    for i in range(pop.n): ax.plot(epochs[:1], losses[0][i], **grey)
+    for i in range(pop.n): ax.plot(epochs[:1], losses[0][i], label='members' if len(epochs)==1 and not i else None, **grey)
     for j,r in enumerate(pop.rounds[:-1]):
         for i,donor in enumerate(r['donors']):
             copied = donor not in (None,i)
@@ -53,7 +53,7 @@ def draw_losses(pop, ax):
 
 # %% ../nbs/07a2b_rounds.ipynb #cfdc06fd
 def plot(pop):
-    "Draw losses and copies, and where values changed most in the winner's lineage; returns the axes"
+    "Draw the losses of all and who became whose copy, and with `HPM` how far its factors are from 1; returns the axes"
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
     panels = pop.panels()

@@ -177,10 +177,12 @@ def open(self:HBACallback, again:bool):
     self.undo.enter_context(tracked(self))
     self.undo.enter_context(shown(self.learn, columns(self.policies.space, lambda: self.lam, lambda: self.hyper_steps)))
     if not self.checkpoint: return
+    self.before = [] if again else [*self.before, dict(settings=resuming.builtin(self.settings), rows=self.rows)]
     resuming.claim(self)
     with target_batches(self.learn, self.hyper_data, 0) as stream: self.settings = resuming.described(self, stream)
-    self.saved = resuming.read(self) if self.resume and again else None
-    if self.saved is None: return
+    if again: self.saved = resuming.read(self) if self.resume else None
+    else: self.saved = resuming.for_next_fit(self.saved)
+    if not (again and self.saved): return
     resuming.load_before(self, self.saved)
     self.schedule = _schedules[self.learn] = self.schedule_so_far()
 

@@ -7,6 +7,7 @@ from fastai.callback.core import Callback,CancelFitException
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.callback.tracker import EarlyStoppingCallback,ReduceLROnPlateau,SaveModelCallback
+from fastai.metrics import accuracy
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import SGD
 from conftest import small_net
@@ -202,6 +203,9 @@ BAD = { # arguments of `population`, and of its fit; error, and what it says
     'one callback': (dict(make=lambda: Learner(DLS, small_net(), cbs=SAME.cbs[-1])), ValueError, 'the same Watch twice'),
     'space': (dict(policy=Space(noise=(0,1))), TypeError, 'is no policy: give objects'),
     'n as text': (dict(n='4'), ValueError, "n='4' is the number"), 'spread': (dict(spread=-1), ValueError, 'spread=-1 is a standard deviation'),
+    'no name': (dict(checkpoint=''), TypeError, "checkpoint='' names a folder"), 'seed': (dict(seed=None), TypeError, 'seed=None is where'),
+    'noise': (dict(kind='algorithm 2', noise='x'), ValueError, "noise='x' is the size of a noise"),
+    'noise of λ': (dict(kind='algorithm 2', sigma=float('nan')), ValueError, 'sigma=nan is the size of a noise'),
     'checkpoint': (dict(checkpoint=5), TypeError, 'checkpoint=5 names a folder'), 'factors': (dict(by=(-1,2)), ValueError, r'by=\(-1, 2\) are the factors'),
     'one factor': (dict(by=1.2), ValueError, r'by=\(1.2,\) are the factors'),
     'hpm argument': (dict(kind='hpm', foo=1), TypeError, 'HPM knows no foo'), 'form': (dict(kind='hpm', form='x'), ValueError, "form='x' is unknown"),
@@ -237,6 +241,8 @@ ODD = { # what the second member has, and what is named
     'optimizer': (lambda: Learner(DLS, small_net(), opt_func=SGD), 'optimizer, '),
     'weight decay': (lambda: Learner(DLS, small_net(), wd=0.3), 'weight decay, None and 0.3'),
     'batch': (lambda: Learner(digits_dls(60, 40, bs=10, size=8), small_net()), 'batch size, 20 and 10'),
+    'rate': (lambda: Learner(DLS, small_net(), lr=0.1), 'learning rate, 0.001 and 0.1'),
+    'metrics': (lambda: Learner(DLS, small_net(), metrics=accuracy), r'metrics, \[\] and .*accuracy'),
     'training data': (lambda: Learner(digits_dls(50, 40, bs=20, size=8), small_net()), 'train items, 60 and 50')}
 
 @pytest.mark.parametrize('what', ODD)
@@ -268,15 +274,41 @@ def test_a_rate_that_falls_by_the_losses_falls_as_in_one_fit():
         assert lr==pytest.approx(1e-2/2**falls)
     assert min(lrs)<1e-2
 
+def test_callbacks_are_those_of_all_members():
+    given = iter(([],[Callback()]))
+    pop = population(n=2, make=lambda: learner(*next(given)))
+    with pytest.raises(ValueError, match=r'Members 0 and 1 differ in callbacks, .*Watch.* and .*Callback'): fit(pop)
+
+@pytest.mark.parametrize('what', ['missing','of another'])
+def test_files_of_members_are_looked_at_before_it_goes_on(what, tmp_path):
+    "Without its file a member would train from the beginning, alone"
+    Cut.count = 0
+    with pytest.raises(PowerCut): fit(population(make=lambda: learner(Cut(14, cut)), n=2, checkpoint=tmp_path/'pop'))
+    f,other = (tmp_path/'pop'/f'member_{i}.pth' for i in (1,0))
+    if what=='missing': f.unlink()
+    else: f.write_bytes(other.read_bytes())
+    says = 'member_1.pth is missing' if what=='missing' else 'member_1.pth is that of member 0'
+    with pytest.raises(ValueError, match=says): fit(population(n=2, checkpoint=tmp_path/'pop', resume=True))
+    (tmp_path/'pop/population.pth').unlink()
+    with pytest.raises(ValueError, match='holds member_0.pth of a population already'): fit(population(n=2, checkpoint=tmp_path/'pop', resume=True))
+
+def test_the_record_of_the_winner_is_there_again(tmp_path):
+    a = fit(population(n=2, checkpoint=tmp_path/'pop'))
+    b = fit(population(n=2, checkpoint=tmp_path/'pop', resume=True))
+    there,here = a.best.recorder,b.best.recorder
+    assert [list(o) for o in here.values]==[list(o) for o in there.values] and here.metric_names==there.metric_names
+    assert (here.iters,here.lrs)==(there.iters,there.lrs) and torch.equal(torch.stack(here.losses), torch.stack(there.losses))
+
 def test_a_callback_that_ends_a_fit_early_is_named():
     class Ends(Callback):
         def before_batch(self):
             if self.learn.epoch==1: raise CancelFitException
-    with pytest.raises(RuntimeError, match='Member 0 ended behind epoch 1 and should train to epoch 2'): fit(population(make=lambda: learner(Ends()), every=2))
+    pop = population(make=lambda: learner(Ends()), every=2)
+    with pytest.raises(RuntimeError, match='Member 0 ended behind epoch 1 and should train to epoch 2'): fit(pop)
 
 def test_a_folder_that_holds_a_population_is_left_alone(tmp_path):
     a = fit(population(n=2, checkpoint=tmp_path/'pop'), 1)
-    with pytest.raises(ValueError, match='holds a population already: go on with it by `resume=True`'): fit(population(n=2, checkpoint=tmp_path/'pop'), 1)
+    with pytest.raises(ValueError, match='holds population.pth of a population already: go on with it by `resume=True`'): fit(population(n=2, checkpoint=tmp_path/'pop'), 1)
     assert fit(population(n=2, checkpoint=tmp_path/'pop', resume=True), 1).rounds==a.rounds
     a.members[a.winner].file.unlink()
     with pytest.raises(ValueError, match='member_..pth is missing'):

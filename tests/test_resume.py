@@ -87,8 +87,29 @@ def test_callbacks_that_compare_epochs_see_those_before_the_stop(tmp_path):
     assert a==b and a[2]<0.01 and len(there)<8 # its rate fell, and it stopped early
     assert [Written.times[e]==before for e in range(4)]==[True,True,True,False] and 'save' not in vars(again)
     assert list(here.epoch)==list(there.epoch)
-    for k in ('valid_loss','hyper_loss','mean_p','leading'): assert here[k].equals(there[k])
+    for k in ('train_loss','valid_loss','hyper_loss','mean_p','leading'): assert here[k].equals(there[k])
     for k,v in whole.model.state_dict().items(): assert torch.equal(v, again.model.state_dict()[k]), k
+
+@pytest.mark.parametrize('at', [0,1,2])
+def test_a_fine_tune_that_was_stopped_in_either_fit_goes_on(at, tmp_path):
+    "The first fit is left out where the second has begun; and what fastai records of the batches is whole"
+    def search(name, *more, **kwargs):
+        learn,hba = small_learner(path=tmp_path/name),HBACallback(checkpoint='search', seed=1, warmup=0.2, **kwargs)
+        learn.fine_tune(3, 1e-2, freeze_epochs=1, cbs=[hba,*more])
+        return learn,hba
+    whole,a = search('whole')
+    class StopAt(Stop):
+        seen = 0
+        def before_batch(self):
+            if self.training: self.seen += 1
+            if self.seen==[5,13,26][at]: raise RuntimeError('power cut')
+    with pytest.raises(RuntimeError, match='power cut'): search('half', StopAt(0))
+    again,b = search('half', resume=True)
+    assert a.schedule==b.schedule
+    for k,v in whole.model.state_dict().items(): assert torch.equal(v, again.model.state_dict()[k]), k
+    there,here = whole.recorder,again.recorder
+    assert [[str(v) for v in o] for o in here.values]==[[str(v) for v in o] for o in there.values]
+    assert here.lrs==there.lrs and here.iters==there.iters and torch.equal(torch.stack(list(here.losses)), torch.stack(list(there.losses)))
 
 OTHER = { # how the fit that goes on differs: changes of the Learner, of the fit, of the search; and what is named
     'epochs': ({}, dict(n=3), {}, 'epochs=2 and this search has 3'), 'T_train': ({}, {}, dict(T_train=3), 'T_train=4 and this search has 3'),
