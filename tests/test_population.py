@@ -308,7 +308,8 @@ def test_a_callback_that_ends_a_fit_early_is_named():
 
 def test_a_folder_that_holds_a_population_is_left_alone(tmp_path):
     a = fit(population(n=2, checkpoint=tmp_path/'pop'), 1)
-    with pytest.raises(ValueError, match='holds population.pth of a population already: go on with it by `resume=True`'): fit(population(n=2, checkpoint=tmp_path/'pop'), 1)
+    with pytest.raises(ValueError, match='holds population.pth of a population already: go on with it by `resume=True`'):
+        fit(population(n=2, checkpoint=tmp_path/'pop'), 1)
     assert fit(population(n=2, checkpoint=tmp_path/'pop', resume=True), 1).rounds==a.rounds
     a.members[a.winner].file.unlink()
     with pytest.raises(ValueError, match='member_..pth is missing'):
