@@ -247,9 +247,10 @@ class Member:
 
     def diverged(self, until:int) -> tuple: # As of `step`
         "It counts as the worst at epoch `until`; if it does not become a copy it tries again from its file, with a new Learner"
-        before = dict(dict(forward=0, backward=0), **(self.where()[1] or {}))
-        report = {k: v if k in ('forward','backward') else None if k=='change' else math.nan for k,v in before.items()}
-        self.learn,self.last = None,(until,dict(dict(valid_loss=math.nan, judged=math.nan, change=None), **report),None)
+        before = self.where()[1] or {}
+        spent = {k: before.get(k, 0) for k in ('forward','backward')}
+        report = {**dict.fromkeys([*before,'valid_loss','judged'], math.nan), **spent, 'change': None}
+        self.learn,self.last = None,(until,report,None)
         return self.last[1:]
 
 # %% ../nbs/07a1_member.ipynb #41d2fd62

@@ -7,8 +7,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/resume.html.md"""
 # %% auto #0
 __all__ = ['ARGUMENTS', 'described_optimizer', 'described_fit', 'described_data', 'described', 'provenance', 'builtin',
            'training_state', 'record', 'search_state', 'file_of', 'on_disk', 'claim', 'row', 'write',
-           'refuse_other_model', 'read', 'load_training', 'load_record', 'show_record', 'ShownAgain', 'load_before',
-           'load_buffers', 'load_behind', 'for_next_fit', 'load_draws']
+           'refuse_other_model', 'read', 'load_training', 'load_record', 'show_record', 'ShownAgain', 'leave_out',
+           'load_before', 'load_buffers', 'load_behind', 'for_next_fit', 'load_draws']
 
 # %% ../nbs/06h_resume.ipynb #a310d2d4
 from datetime import date
@@ -146,8 +146,7 @@ def read(hba) -> dict|None:
     if hba.seed is not None: saved,now = {**saved, 'seed': d['search']['seed']},{**now, 'seed': hba.seed%2**62}
     done = first(o for o in d['before'] if not differences(o['settings'], builtin(hba.settings)))
     if done and differences(saved, now):
-        hba.undo.enter_context(hba.learn.added_cbs(ShownAgain(done['rows'])))
-        return
+        return leave_out(hba, done['rows'])
     refuse_differences(fname, saved, now)
     refuse_other_model(fname, d['training']['model'], get_model(hba.model).state_dict())
     return d
@@ -189,6 +188,11 @@ class ShownAgain(Callback):
         vars(self.learn).pop('save', None)
         if self.record and self.epoch+1==len(self.rows) and hasattr(self.learn, 'recorder'): load_record(self.recorder, self.record)
 
+def leave_out(hba, rows:list, record:dict|None=None):
+    "Leave the first epochs of this fit out; whatever ends it, `learn.save` is fastai's again"
+    hba.undo.callback(vars(hba.learn).pop, 'save', None)
+    hba.undo.enter_context(hba.learn.added_cbs(ShownAgain(rows, record)))
+
 def load_before(hba, d:dict):
     "Before the fit: the training as it was, λ and the schedule so far, and the epochs that are done are left out"
     search,learn = d['search'],hba.learn
@@ -196,8 +200,7 @@ def load_before(hba, d:dict):
     load_training(learn, d['training'])
     for h,lr in zip(learn.opt.hypers, lrs): h['lr'] = lr # a scheduler sets it, or one that looks at epochs lowers it again, as `ReduceLROnPlateau`
     hba.rows,hba.before = d['rows'],d['before']
-    hba.undo.enter_context(learn.added_cbs(ShownAgain(hba.rows[:], d['training']['record'])))
-    hba.undo.callback(vars(learn).pop, 'save', None)
+    leave_out(hba, hba.rows[:], d['training']['record'])
     hba.lam.load_state_dict(search['lam'])
     vars(hba.clock).update(search['clock']); vars(hba.course).update(search['course'])
     hba.points,hba.seed,hba.inactive = list(zip(search['at'], search['lams'].cpu())),search['seed'],search['inactive']

@@ -193,6 +193,11 @@ def test_the_winner_trains_on():
     after = learn.model[0].weight.detach().clone()
     assert pop.best is learn and torch.equal(learn.model[0].weight, after) and not torch.equal(before, after) and pop.schedule==learn.hba_schedule==schedule
 
+def test_a_course_of_another_form():
+    pop = population(n=2)
+    pop.fit_flat_cos(2, 1e-2)
+    assert pop.settings['fit']=='fit_flat_cos(2, 0.01)' and pop.schedule.progress[-1]==1 and repr(pop).startswith('PBT of 2 members, at epoch 2, best loss ')
+
 SAME = learner()
 BAD = { # arguments of `population`, and of its fit; error, and what it says
     'n': (dict(n=1), ValueError, 'n=1 is the number of members'),

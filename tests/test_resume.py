@@ -90,6 +90,16 @@ def test_callbacks_that_compare_epochs_see_those_before_the_stop(tmp_path):
     for k in ('train_loss','valid_loss','hyper_loss','mean_p','leading'): assert here[k].equals(there[k])
     for k,v in whole.model.state_dict().items(): assert torch.equal(v, again.model.state_dict()[k]), k
 
+def test_an_error_among_epochs_that_are_left_out(tmp_path):
+    "It comes before `ShownAgain` has given `learn.save` back"
+    class Fails(Callback):
+        order = 60
+        def after_epoch(self): raise OSError('no space left')
+    with pytest.raises(RuntimeError, match='power cut'): small_learner(path=tmp_path).fine_tune(2, 1e-2, cbs=[HBACallback(checkpoint='s', seed=1),Stop(1)])
+    learn = small_learner(path=tmp_path)
+    with pytest.raises(OSError, match='no space left'): learn.fine_tune(2, 1e-2, cbs=[HBACallback(checkpoint='s', seed=1, resume=True),Fails()])
+    assert 'save' not in vars(learn)
+
 @pytest.mark.parametrize('at', [0,1,2])
 def test_a_fine_tune_that_was_stopped_in_either_fit_goes_on(at, tmp_path):
     "The first fit is left out where the second has begun; and what fastai records of the batches is whole"
