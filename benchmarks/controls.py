@@ -48,6 +48,7 @@ ARMS = { # name: what, Cutout?, search-free policy, with black holes as torchvis
   'fixed': ('+ policy fixed at the start of a search', True, None),
   'hba': ('+ HBA, search', True, None), 'replay': ('+ HBA, its schedule replayed', True, None), 'shuffled': ('+ the same schedule in random order', True, None),
   'random': ('+ random schedule of the same strength', True, None),
+  'sparing': ('+ HBA with `sparing=True`, search', True, None), 'sparing_replay': ('+ the same, replayed', True, None),
   'letter': ("+ HBA as in the paper, α' = 0.03, search", True, None), 'letter_replay': ("+ the same, replayed", True, None),
   'paper': ("+ HBA in the paper's form, α' = 0.1, search", True, None), 'paper_replay': ("+ the same, replayed", True, None)}
 
@@ -57,10 +58,10 @@ def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
     _,cut,free = ARMS[arm]
     sets = [(x if size==32 else small(x, size),y) for x,y in reduced_cifar(seed)]
     found = lambda a: Schedule.load(RESULTS/'schedules'/f'{task}_{epochs}ep_{a}_seed{seed}.json')
-    search = {'hba': lambda: HBACallback(seed=seed), 'letter': lambda: HBACallback.paper(seed=seed),
+    search = {'hba': lambda: HBACallback(seed=seed), 'sparing': lambda: HBACallback(seed=seed, sparing=True), 'letter': lambda: HBACallback.paper(seed=seed),
               'paper': lambda: HBACallback.paper(seed=seed, hlr=None, floor=0.001)}.get(arm)
     replay = {'fixed': fixed, 'pba': lambda: Schedule.from_pba(PUBLISHED, epochs=200), 'replay': lambda: found('hba'),
-              'paper_replay': lambda: found('paper'), 'letter_replay': lambda: found('letter'),
+              'paper_replay': lambda: found('paper'), 'letter_replay': lambda: found('letter'), 'sparing_replay': lambda: found('sparing'),
               'shuffled': lambda: shuffled(found('hba'), seed), 'random': lambda: random_like(found('hba'), seed)}.get(arm)
     cb = search() if search else ScheduleCallback(replay(), seed=seed) if replay else PolicyCallback(free(), seed=seed) if free else None
     set_seed(seed if search else seed+1000) # a replay starts from other weights than its search; so do the controls
@@ -112,7 +113,7 @@ if __name__=='__main__':
     k,n = map(int, a.worker.split('/'))
     f = OUT/f'{a.task}_{a.epochs}ep.jsonl'
     f.parent.mkdir(parents=True, exist_ok=True)
-    order = sorted(a.arms, key=lambda o: o not in ('hba','paper','letter')) # searches first, the rest may need their schedules
+    order = sorted(a.arms, key=lambda o: o not in ('hba','sparing','paper','letter')) # searches first, the rest may need their schedules
     for seed in [] if a.table else a.seeds[k::n]:
         for arm in order:
             if f.exists() and any(r['arm']==arm and r['seed']==seed for r in map(json.loads, f.read_text().splitlines())): continue

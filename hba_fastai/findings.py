@@ -28,6 +28,7 @@ def by_operation(hba) -> pd.DataFrame:
     moved = hba.net is None or any(v.abs().max()>0 for l in hba.net.layers for v in l.V.values())
     for why in hindrances(hba.provenance, moved, len(hba.lam.series)): print(f'{why}.')
     if not too_few(len(hba.lam.series)): print(in_words(df))
+    if hba.sparing: print(hba.spare.in_words())
     if hba.clock.until < hba.points[-1][0]: print(f"Whatever was found, target images took {hba.mix:.0%} of each batch after {hba.until:.0%}.")
     return df
 

@@ -90,7 +90,7 @@ def learner_of(cb) -> Learner|None:
 
 def _last_lam(cb) -> Tensor:
     "λ of a search or of a schedule at its end, or where a policy stands"
-    if 'lam' in vars(cb): return cb.lam.value.detach().cpu()
+    if 'lam' in vars(cb): return cb.spare.acting(cb.lam.value).detach().cpu()
     return cb.schedule.lam(1) if 'schedule' in vars(cb) else cb.policies.space.start()
 
 @patch

@@ -109,7 +109,7 @@ def tell(self:Student) -> dict|None:
     return dict(says, factor=(self.mutated(teacher, lam)[1].detach()-1).abs().mean().cpu())
 
 # %% ../nbs/07a4_hpm.ipynb #24a1cb79
-HBA = set(inspect.signature(HBACallback).parameters)-{'seed','checkpoint','resume'}
+HBA = set(inspect.signature(HBACallback).parameters)-{'seed','checkpoint','resume','sparing'}
 SET_UP = set(inspect.signature(Population.set_up).parameters)
 
 class HPM(PBT):

@@ -25,6 +25,7 @@ from .modules import evaluating
 from .policy import Policies
 from .replay import PolicyCallback
 from .schedule import Schedule
+from .sparing import Sparing
 from .search import HBACallback
 from .stream import inner_dl,own_draws,stream_of
 from .target import loss_on
@@ -148,6 +149,7 @@ class PlainMember(PolicyCallback):
         PolicyCallback.__init__(self, searched_policies(policy, skip, limits), sigma=0., seed=seed_of(role.key))
         store_attr('role,how,checkpoint')
         self.lam,self.clock,self.points = role.scattered(Hyperparameters(self.policies.space.start())),Clock(1),[]
+        self.spare = Sparing(self.policies, False)
 
     def before_fit(self):
         PolicyCallback.before_fit(self)

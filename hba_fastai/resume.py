@@ -43,7 +43,7 @@ def described_data(dls) -> dict:
     train,vocab = inner_dl(dls.train),L(getattr(dls, 'vocab', []))
     return dict(train_items=train.n, batch_size=train.bs, classes=[str(o) for o in vocab], augmentation=augmentation(dls))
 
-ARGUMENTS = 'condition centred floor pull warmup until mix joint decay fast exploit population_size T_train T_val moves share sigma hlr'.split()
+ARGUMENTS = 'condition centred floor pull warmup until mix joint decay fast exploit population_size T_train T_val moves share sigma hlr sparing'.split()
 
 def described(hba, stream) -> dict:
     "What a search is, in numbers and words"
@@ -94,7 +94,8 @@ def search_state(hba) -> dict:
     random = dict(seed=hba.base_seed, generators={k: g.get_state() for k,g in hba.generators.items()}, stream=place(hba.stream), late=place(hba.late))
     progress = dict(clock=vars(hba.clock), course=vars(hba.course), inactive=hba.inactive,
                     at=[a for a,_ in hba.points], lams=torch.stack([l for _,l in hba.points]))
-    return dict(lam=hba.lam.state_dict(), net=hba.net and hba.net.state_dict(), phi_state=builtin([[s.get(p, {}) for p in phi] for s in states(hba.opt)]),
+    of_lam = dict(lam=hba.lam.state_dict(), spare=hba.spare.state_dict())
+    return dict(**of_lam, net=hba.net and hba.net.state_dict(), phi_state=builtin([[s.get(p, {}) for p in phi] for s in states(hba.opt)]),
                 policies=hba.bound.state_dict(), **random, **progress)
 
 # %% ../nbs/06h_resume.ipynb #acd53f0a
@@ -202,6 +203,7 @@ def load_before(hba, d:dict):
     hba.rows,hba.before = d['rows'],d['before']
     leave_out(hba, hba.rows[:], d['training']['record'])
     hba.lam.load_state_dict(search['lam'])
+    hba.spare.load_state_dict(search['spare'])
     vars(hba.clock).update(search['clock']); vars(hba.course).update(search['course'])
     hba.points,hba.seed,hba.inactive = list(zip(search['at'], search['lams'].cpu())),search['seed'],search['inactive']
     hba.provenance = d['provenance']

@@ -30,6 +30,7 @@ from .replay import _schedules
 from .checks import *
 from .clock import *
 from .processes import average_gradients
+from .sparing import Sparing
 from .tracking import *
 from . import resume as resuming
 
@@ -69,6 +70,7 @@ class HBACallback(PolicyCallback):
         target=None,          # Labelled images like those that the model is for: they are the data of the hyper-steps, and then join training
         until:float=UNTIL,    # With `target`: share of the course after which λ is frozen and they join the training batches
         mix:float=MIX,        # and the share of each batch that they then take
+        sparing:bool=False,   # Do operations act only as often as overfitting calls for? See `Sparing`
         seed:int|None=None,   # Seed of its random streams; default: torch's current seed
         checkpoint=None,      # Name of a file in the Learner's model folder (or a path) to write after each epoch
         resume:bool=False     # Go on from the checkpoint, if there is one
@@ -107,6 +109,7 @@ class HBACallback(PolicyCallback):
 
     def before_batch(self):
         "Sample i meets its own network θ̂(λ+ε_i), until λ is frozen and target images join"
+        self.spare.compare(self)
         if self.is_late(): self.plain_network()
         else: self.net.respond(self.z_batch())
         PolicyCallback.before_batch(self)
@@ -152,7 +155,7 @@ class HBACallback(PolicyCallback):
 @patch
 def forget(self:HBACallback):
     "Begin a new search: λ, φ, the schedule and the random streams"
-    self.start = self.policies.start(self.starts_at)
+    self.start,self.spare = self.policies.start(self.starts_at),Sparing(self.policies, self.sparing)
     self.lam,self.clock,self.course = self.new_lam(),Clock(self.T_train),Course()
     self.points,self.inactive,self.pauses = [],[],[] # of λ over epochs; operations that cannot act on these images; when a checkpoint went on
     self.net,self.generators,self.schedule,self.saved,self.searched = (None,)*5
@@ -175,7 +178,8 @@ def open(self:HBACallback, again:bool):
     "Before the first epoch; `again`: a search begins, or one that was stopped"
     self.loss0,self.hyper_steps = self.hyper_loss or self.learn.loss_func,Steps()
     self.undo.enter_context(tracked(self))
-    self.undo.enter_context(shown(self.learn, columns(self.policies.space, lambda: self.lam, lambda: self.hyper_steps)))
+    share = {'share': lambda: self.spare.share.item()} if self.sparing else {}
+    self.undo.enter_context(shown(self.learn, {**columns(self.policies.space, lambda: self.lam, lambda: self.hyper_steps), **share}))
     if not self.checkpoint: return
     self.before = [] if again else [*self.before, dict(settings=resuming.builtin(self.settings), rows=self.rows)]
     resuming.claim(self)
@@ -190,14 +194,15 @@ def open(self:HBACallback, again:bool):
 @patch
 def attach(self:HBACallback):
     "Put the search in place: policies, target batches, hyper-layers, optimizer"
-    self.refuse_old_model()
+    forget_old_model(self)
     enter,model = self.undo.enter_context,get_model(self.model)
     data,b = seen_data(self.dls)
     check_own(self.policies, first(o for o in b if isinstance(o, TensorImage)), self.sigma)
     self.bound = self.policies.bound(data, self.sigma)
     self.inactive = [o for o in self.bound.skip if o not in self.policies.skip]
-    self.insert(self.bound, lambda: self.lam.value)
+    self.insert(self.bound, lambda: self.spare.acting(self.lam.value))
     self.stream = enter(target_batches(self.learn, self.hyper_data, self.base_seed, rank_distrib(), share=self.share))
+    self.undo.callback(setattr, self.spare, 'kept', None)
     self.undo.callback(setattr, self, 'stream', None) # with its loader, which holds generators: `export` could not pickle them
     self.lam.to(self.device)
     chosen,z = select(model, tuple(o.as_subclass(Tensor) for o in b[:self.dls.n_inp]), self.strategy),self.z(self.lam.value)
@@ -207,15 +212,6 @@ def attach(self:HBACallback):
     advise(self, chosen.layers)
     if self.exploit=='gradient': self.net.check(model, lambda: self.target_loss(tuple(o[:2] for o in plain(self.stream.peek()))))
     self.begin(chosen.reason)
-
-@patch
-def refuse_old_model(self:HBACallback):
-    "The same object on another model begins a new search"
-    if not self.searched or self.searched() is get_model(self.model): return
-    warnings.warn("This HBACallback has searched with another model: a new search begins, "
-        "and the schedule that was found is kept by its Learner (`learn.hba_schedule`)")
-    self.forget()
-    self.course.begin(self.learn)
 
 # %% ../nbs/07_search.ipynb #aa99f06c
 @patch
@@ -236,7 +232,7 @@ def begin(self:HBACallback, reason:str):
 @patch
 def z(self:HBACallback, lam:Tensor) -> Tensor: # λ (H,) -> z (n,)
     "What the hyper-layers are conditioned on, at a bare λ"
-    return lam if self.condition=='lambda' else self.bound.expected(lam, self.sigma)
+    return lam if self.condition=='lambda' else self.bound.expected(self.spare.acting(lam), self.sigma)
 
 @patch
 def z_batch(self:HBACallback) -> Tensor: # (B,n)
@@ -254,6 +250,7 @@ def target_loss(self:HBACallback, b:tuple) -> Tensor:
 def hyper_step(self:HBACallback):
     "Move λ on a target batch"
     b,scaler = next(self.stream),getattr(self.learn, 'scaler', None)
+    self.spare.kept = b
     what = self.net,get_model(self.learn.model),lambda: self.target_loss(b),self.lam,self.z
     sampled = lambda: population(self.lam.value, self.sigma, self.population_size, self.generators['exploit'], self.bound.active) # Eq. 12
     if self.exploit=='best': self.hyper_steps.append(take_best(*what, sampled()))
@@ -271,13 +268,14 @@ def plain_network(self:HBACallback):
 def schedule_so_far(self:HBACallback) -> Schedule:
     at,lam = zip(*self.clock.with_corners(self.points))
     p,total = self.policies,self.course.total
-    return Schedule([a/total for a in at], p.space.values(torch.stack(lam)), self.sigma, {**self.provenance, 'epochs': total},
+    return Schedule([a/total for a in at], p.space.values(self.spare.over(at, torch.stack(lam))), self.sigma, {**self.provenance, 'epochs': total},
                     p.skip, self.inactive, p.limits, {part.name: part.space for part in p.parts})
 
 @patch
 def note(self:HBACallback, epochs:float):
     "λ now, `epochs` after the beginning of this fit"
     self.points.append((self.course.done+epochs, self.lam.value.detach().cpu().double()))
+    self.spare.note(self.course.done+epochs)
     self.schedule = self.schedule_so_far()
 
 @patch

@@ -56,7 +56,7 @@ class TrackSearch(Callback):
 
     def after_epoch(self):
         space = self.hba.policies.space
-        for w in self.writers(): w.scalars(means(space, space.named(self.hba.lam.value)), self.learn.train_iter)
+        for w in self.writers(): w.scalars(means(space, space.named(self.hba.spare.acting(self.hba.lam.value))), self.learn.train_iter)
 
     def after_fit(self):
         if self.hba.schedule is None: return

@@ -29,7 +29,8 @@ class Stop(Callback):
 OPTS = dict(adam=None, sgd=partial(SGD, mom=0.9), torch=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9)))
 
 @pytest.mark.parametrize('opt', OPTS)
-@pytest.mark.parametrize('kw', [dict(), dict(condition='dose', valid=0.3), dict(centred=False, strategy='conv+bn', T_train=3)])
+@pytest.mark.parametrize('kw', [dict(), dict(condition='dose', valid=0.3), dict(centred=False, strategy='conv+bn', T_train=3),
+                                dict(sparing=True, T_train=3)])
 def test_resume_continues_bit_for_bit(kw, opt, tmp_path):
     cfg = dict(n_train=240, path=tmp_path, **({'opt_func': OPTS[opt]} if OPTS[opt] else {}))
     def search(learn, stop=None, **more):

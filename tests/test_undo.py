@@ -54,7 +54,7 @@ class Interrupt(Callback):
     def before_batch(self): sys.settrace(None)
 
 KINDS = {'search': HBACallback, 'un-centred, many layers, hold-out': lambda: HBACallback(centred=False, strategy='conv+bn', valid=0.3),
-         'replay': lambda: ScheduleCallback(start_schedule())}
+         'sparing': lambda: HBACallback(sparing=True), 'replay': lambda: ScheduleCallback(start_schedule())}
 MANY = pytest.param('un-centred, many layers, hold-out', False, marks=pytest.mark.slow)
 
 @pytest.mark.filterwarnings('ignore:.*has no image of')
