@@ -289,10 +289,11 @@ WITH_TARGET = { # arm: (what, Cell -> network)
   'late_start': ('target images in half of each batch from 60%, all under the start policy', lambda c: c.mixed('start', since=0.6)),
   'one_fit': ('**`HBACallback(target=...)`**, one fit', lambda c: c.one_fit()),
   'reuse': ('**`ScheduleCallback(schedule, target=...)`**, the schedule of that fit', lambda c: c.reuse()),
+  'sparing': ('the same fit with `sparing=True`', lambda c: c.one_fit(sparing=True)),
   'no_hyper_steps': ('the same fit without hyper-steps', lambda c: c.one_fit(hlr=1e-9)),
   'oracle': ('all source images under the shift', lambda c: c.train(source=c.moved_source))}
 ARMS = {**ALONE, **{k: what for k,(what,_) in WITH_TARGET.items()}}
-OURS = ['one_fit','reuse']
+OURS = ['one_fit','reuse','sparing']
 RIVALS = [a for a in ARMS if a not in (*OURS,'no_hyper_steps','oracle')]
 
 def run(cell, arm):

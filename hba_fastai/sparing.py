@@ -30,7 +30,7 @@ LEAST = 0.05 # smallest share
 
 class Sparing:
     "The share of its probabilities that a policy acts with"
-    def __init__(self, policies:Policies, on:bool): # `on`: False for all of them, always
+    def __init__(self, policies:Policies, on:bool): # `on`: else all of them act, always
         self.is_p,self.on = torch.tensor([n.endswith('.p') for n in policies.space.names]),on
         if on and not (self.is_p.any() or policies.waits): raise ValueError(f"sparing=True lowers probabilities and {policies.parts[0].name} has none: "
             "leave it out, or give hyperparameters that are probabilities a name in `.p`")
