@@ -378,7 +378,7 @@ def pooled_table(rs, steps, n):
                'shifts behind that by more than 2 SE and 1 point', 'of the gap to the oracle closed (95%)', 'the same of late_start')
     for name,shifts in {'in reach of the operations': {**SINGLE, **PAIRS}, 'out of reach': OUTSIDE, 'all': SHIFTS}.items():
         for arm in OURS:
-            seen = [s for s in shifts if errors(rs, steps, n, s, arm)]
+            seen = [s for s in shifts if errors(rs, steps, n, s, arm) and errors(rs, steps, n, s, 'one_fit')] # which names the rivals
             against = lambda rival: [difference(errors(rs, steps, n, s, arm), errors(rs, steps, n, s, rival(s))) for s in seen]
             best,late = against(lambda s: best_rival(rs, steps, n, s)),against(lambda s: 'late_start')
             if not seen or not all(best) or not all(late): continue
