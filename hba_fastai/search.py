@@ -250,7 +250,7 @@ def target_loss(self:HBACallback, b:tuple) -> Tensor:
 def hyper_step(self:HBACallback):
     "Move λ on a target batch"
     b,scaler = next(self.stream),getattr(self.learn, 'scaler', None)
-    self.spare.kept = b
+    self.spare.kept = b if self.sparing else None
     what = self.net,get_model(self.learn.model),lambda: self.target_loss(b),self.lam,self.z
     sampled = lambda: population(self.lam.value, self.sigma, self.population_size, self.generators['exploit'], self.bound.active) # Eq. 12
     if self.exploit=='best': self.hyper_steps.append(take_best(*what, sampled()))
