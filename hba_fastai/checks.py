@@ -72,6 +72,7 @@ def check_arguments(hba):
     if hba.valid is not None: raise ValueError("valid and target both say which data the hyper-steps have: give one of them")
     if hba.until<=hba.warmup: raise ValueError(f"λ moves between warmup={hba.warmup} and until={hba.until} of the course: until must be the larger")
 
+# %% ../nbs/06g_checks.ipynb #5a410021
 def check_own(policies:Policies, image, sigma:float):
     "`check_policy` for the user's own policies, on images of the size of `image` (B,C,H,W)"
     for p in policies.with_space:

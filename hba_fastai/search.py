@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/search.html.md"""
 __all__ = ['HBACallback']
 
 # %% ../nbs/07_search.ipynb #ecd41b15
-import warnings,weakref
+import weakref
 import torch
 from torch import Tensor
 from fastai.basics import *
