@@ -109,7 +109,7 @@ def tell(self:Student) -> dict|None:
     return dict(says, factor=(self.mutated(teacher, lam)[1].detach()-1).abs().mean().cpu())
 
 # %% ../nbs/07a4_hpm.ipynb #24a1cb79
-HBA = set(inspect.signature(HBACallback).parameters)-{'seed','checkpoint','resume','sparing'}
+HBA = set(inspect.signature(HBACallback).parameters)-{'seed','checkpoint','resume'}
 SET_UP = set(inspect.signature(Population.set_up).parameters)
 
 class HPM(PBT):
@@ -133,6 +133,8 @@ class HPM(PBT):
         if isinstance(kwargs.get('valid'), Real):
             raise ValueError(f"valid={kwargs['valid']} holds other images out for each member, and members copy each other: split the data in make_learner")
         if odd := first(k for k in kwargs if k not in HBA|SET_UP): raise TypeError(f"HPM knows no {odd}: give arguments of HBACallback or of a population")
+        if kwargs.get('sparing'):
+            raise ValueError("sparing=True belongs to one training, and members copy each other's λ: leave it out, or use HBACallback")
         if not (isinstance(lr, Real) and lr>0): raise ValueError(f"lr={lr!r} is the learning rate of the teacher: it must be above 0")
         Teacher(2, m, form) # which checks these
         self.truncates(share)

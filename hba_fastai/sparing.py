@@ -8,6 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/sparing.html.md"""
 __all__ = ['LEAST', 'compared', 'Sparing', 'untouched']
 
 # %% ../nbs/06f1a_sparing.ipynb #5a410003
+import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,9 @@ class Sparing:
     def learn(self, losses:Tensor): # (2,): of training images that no operation met, of images of the hyper-steps
         "Join the running means"
         self.n += 1
-        old = losses if self.losses is None else torch.where(self.losses.isfinite().all(), self.losses, losses)
-        self.losses = torch.where(losses.isfinite().all(), old.lerp(losses, 4/(self.n+3)), old)
+        losses = torch.where((losses.isfinite() & (losses>=0)).all(), losses, float('nan'))
+        old = losses if self.losses is None else torch.where(self.losses.isnan(), losses, self.losses)
+        self.losses = torch.where(losses.isnan(), old, old.lerp(losses, 4/(self.n+3)))
         own,other = self.losses
         self.share = (1-2*own/other).clamp(LEAST, 1).nan_to_num(LEAST)
 
@@ -65,7 +67,9 @@ def in_words(self:Sparing) -> str:
 
 @patch
 def note(self:Sparing, at:float): # Epochs of the course
-    "Remember the share of now; an epoch ends"
+    "Remember the share of now; an epoch ends. Warn where it could not be compared yet"
+    if self.n and self.losses.isnan().any(): warnings.warn(f"sparing=True compares losses and could not yet, so {LEAST:.0%} of the probabilities act: "
+        "operations meet every training image, or the loss is negative or not finite; leave it out")
     self.noted[at],self.kept = self.share.item(),None
 
 @patch

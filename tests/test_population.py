@@ -213,6 +213,7 @@ BAD = { # arguments of `population`, and of its fit; error, and what it says
     'noise of λ': (dict(kind='algorithm 2', sigma=float('nan')), ValueError, 'sigma=nan is the size of a noise'),
     'checkpoint': (dict(checkpoint=5), TypeError, 'checkpoint=5 names a folder'), 'factors': (dict(by=(-1,2)), ValueError, r'by=\(-1, 2\) are the factors'),
     'one factor': (dict(by=1.2), ValueError, r'by=\(1.2,\) are the factors'),
+    'sparing': (dict(kind='hpm', sparing=True), ValueError, 'sparing=True belongs to one training'),
     'hpm argument': (dict(kind='hpm', foo=1), TypeError, 'HPM knows no foo'), 'form': (dict(kind='hpm', form='x'), ValueError, "form='x' is unknown"),
     'teacher': (dict(kind='hpm', lr=-1), ValueError, 'lr=-1 is the learning rate of the teacher'),
     'every': (dict(every=0), ValueError, 'every=0 must be a whole number'),

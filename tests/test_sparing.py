@@ -51,6 +51,7 @@ def test_images_that_nothing_was_done_to_are_compared_in_eval_mode():
         def before_batch(self):
             if not self.training or self.hba.clock.count: return
             i = untouched(self.hba).nonzero()[:4,0]
+            assert len(i) and (self.hba.tfms[0].drawn.op[i]<0).all()
             self.model.eval()
             with torch.no_grad(): self.losses.append(nn.functional.cross_entropy(self.model(self.xb[0][i]), self.yb[0][i]).item())
             self.model.train()
@@ -108,3 +109,11 @@ def test_losses_that_are_not_finite_change_nothing():
     assert spare.share==torch.tensor(LEAST)
     for own in (0.1,float('inf'),0.1): spare.learn(torch.tensor([own,1.]))
     assert torch.isclose(spare.share, torch.tensor(0.8))
+
+@pytest.mark.parametrize('loss', [-1.,float('nan')])
+def test_what_cannot_be_compared_is_said(loss):
+    spare = Sparing(HBACallback().policies, True)
+    spare.note(0.)
+    spare.learn(torch.tensor([loss,1.]))
+    with pytest.warns(UserWarning, match='could not yet, so 5% of the probabilities act'): spare.note(1.)
+    assert spare.share==torch.tensor(LEAST)
