@@ -20,7 +20,7 @@ FILE = RESULTS/'no_shift.jsonl'
 CONTROLS = {'nothing': 'no augmentation', 'crop': 'crop', 'trivial': 'TrivialAugmentWide', 'start': 'start policy'}
 ARMS = {**CONTROLS, 'search': '**search**, its own network', 'replay': '**replay** of its schedule', 'final': 'its last policy alone',
         'sparing': '**search** with `sparing=True`, its own network', 'sparing_replay': '**replay** of its schedule'}
-SEARCHES = {'search': False, 'sparing': True} # and whether they spare
+REPLAYS = {'search': ['replay','final'], 'sparing': ['sparing_replay']} # of what each search finds
 OURS = [a for a in ARMS if a not in CONTROLS]
 CHOSEN_ON = range(5) # seeds
 CELLS = list(product([250,1000], [300,1500]))
@@ -39,10 +39,10 @@ def run(n, steps, seed, done):
     source,valid,test = sets(n, seed)
     found = None # by the last search
     for arm in ARMS:
-        if arm in done and not (arm in SEARCHES and {'search': {'replay','final'}, 'sparing': {'sparing_replay'}}[arm]-done): continue
+        if {arm, *REPLAYS.get(arm, [])} <= done: continue
         t = time.process_time()
-        if arm in SEARCHES:
-            net,hba = in_package(source, valid, steps, seed, lambda dl: HBACallback(valid=dl, seed=seed, sparing=SEARCHES[arm]))
+        if arm in REPLAYS:
+            net,hba = in_package(source, valid, steps, seed, lambda dl: HBACallback(valid=dl, seed=seed, sparing=arm=='sparing'))
             found = hba.schedule
         else:
             policy = POLICIES[arm]() if arm in CONTROLS else Replay(last_of(found) if arm=='final' else found)
@@ -69,6 +69,9 @@ def table():
     for ours in OURS:
         d = [differences(rs, c, ours, all_seeds) for c in CELLS]
         out.append(f"| *{ours} − the control that validation chose* | {' | '.join(pm(o, '+') for o in d)} |")
+    for a,b in (('sparing','search'), ('sparing_replay','replay')):
+        d = [[rs[(*c,s,a)]['error']-rs[(*c,s,b)]['error'] for s in all_seeds if (*c,s,a) in rs] for c in CELLS]
+        out.append(f"| *{a} − {b}, paired* | {' | '.join(pm(o, '+') for o in d)} |")
     groups = {'all seeds': all_seeds, 'seeds that chose nothing': [s for s in all_seeds if s not in CHOSEN_ON]}
     for ours,(name,seeds) in product(OURS, groups.items()):
         d = sum([differences(rs, c, ours, seeds) for c in CELLS], [])

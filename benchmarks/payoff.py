@@ -374,17 +374,17 @@ def interval(pairs, k=2000):
 
 def pooled_table(rs, steps, n):
     "Over shifts: differences from one rival that is the same for all, and from the best of each; and the share of the gap to the oracle that is closed"
-    out = head('shifts', 'arm', 'cells', 'against late_start, points', 'against the best rival of each shift',
+    out = head('shifts', 'arm', 'cells', 'against one_fit, points', 'against late_start', 'against the best rival of each shift',
                'shifts behind that by more than 2 SE and 1 point', 'of the gap to the oracle closed (95%)', 'the same of late_start')
     for name,shifts in {'in reach of the operations': {**SINGLE, **PAIRS}, 'out of reach': OUTSIDE, 'all': SHIFTS}.items():
         for arm in OURS:
             seen = [s for s in shifts if errors(rs, steps, n, s, arm) and errors(rs, steps, n, s, 'one_fit')] # which names the rivals
             against = lambda rival: [difference(errors(rs, steps, n, s, arm), errors(rs, steps, n, s, rival(s))) for s in seen]
-            best,late = against(lambda s: best_rival(rs, steps, n, s)),against(lambda s: 'late_start')
+            best,late,default = against(lambda s: best_rival(rs, steps, n, s)),against(lambda s: 'late_start'),against(lambda s: 'one_fit')
             if not seen or not all(best) or not all(late): continue
             far = lambda o: len(o)>1 and mean_se(o)[0]>max(1, 2*mean_se(o)[1])
             behind = ', '.join(s for s,o in zip(seen, best) if far(o)) or 'none'
-            means = [pm([np.mean(o) for o in d], '+') for d in (late,best)]
+            means = [pm([np.mean(o) for o in d], '+') if d is not default or arm!='one_fit' else '' for d in (default,late,best)]
             gaps = [interval(gap_closed(rs, steps, n, a, seen)) for a in (arm,'late_start')]
             out.append(f"| {name} | {arm} | {sum(map(len, best))} | {' | '.join(means)} | {behind} | {' | '.join(gaps)} |")
     return out
