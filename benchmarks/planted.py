@@ -124,6 +124,7 @@ BARE = partial(Variant, bare=True)
 BY_KIND = [30,24] # probabilities, magnitudes
 CONFIGS = { # what it is, what makes it
   'default': ('the defaults of the package', HBACallback),
+  'sparing': ('the defaults and `sparing=True`; doses are those of λ, of which a share acts', partial(HBACallback, sparing=True)),
   'T2': ('bare, the expectation taken under λ+ε: the default, but λ is not pulled, and a hyper-step comes every 2 training steps',
          partial(HBACallback, **STEPS)),
   'best': ('T2, but of 3 sampled λ the best is taken (Eq. 9): about the cost of a gradient',

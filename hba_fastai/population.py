@@ -16,7 +16,7 @@ from .checkpoint import *
 from .checks import searched_policies
 from .member import *
 from .replay import _schedules
-from .resume import show_record
+from .record import show_record
 from .rounds import *
 from .schedule import Schedule
 from .workers import in_processes

@@ -6,9 +6,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/resume.html.md"""
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'described_optimizer', 'described_fit', 'described_data', 'described', 'provenance', 'builtin',
-           'training_state', 'record', 'search_state', 'file_of', 'on_disk', 'claim', 'row', 'write',
-           'refuse_other_model', 'read', 'load_training', 'load_record', 'show_record', 'ShownAgain', 'leave_out',
-           'load_before', 'load_buffers', 'load_behind', 'for_next_fit', 'load_draws']
+           'training_state', 'search_state', 'file_of', 'on_disk', 'claim', 'write', 'refuse_other_model', 'read',
+           'load_training', 'load_before', 'load_buffers', 'load_behind', 'for_next_fit', 'load_draws']
 
 # %% ../nbs/06h_resume.ipynb #a310d2d4
 from datetime import date
@@ -18,9 +17,9 @@ import fastai
 from fastai.basics import *
 import hba_fastai
 from .checkpoint import *
-from .clock import Worded
 from .files import refuse_unwritable
 from .optimizer import rates,states
+from .record import leave_out,record,row
 from .stream import inner_dl
 from .transform import augmentation
 
@@ -80,13 +79,6 @@ def training_state(learn) -> dict:
     return dict(model=get_model(learn.model).state_dict(), opt=builtin(learn.opt.state_dict()), scaler=scaler.state_dict() if scaler else {},
                 rng=rng_state(), train_rng=inner_dl(learn.dls.train).rng.getstate(), record=record(learn))
 
-def record(learn) -> dict:
-    "What fastai's `Recorder` has of the batches so far, at the end of an epoch"
-    recorder = getattr(learn, 'recorder', None)
-    if recorder is None: return {}
-    smooth,floats = recorder.smooth_loss,lambda o: torch.tensor([float(v) for v in o], dtype=torch.float64)
-    return dict(lrs=floats(recorder.lrs), losses=floats(recorder.losses), iters=[*recorder.iters,smooth.count], smooth=[smooth.count,float(smooth.val)])
-
 def search_state(hba) -> dict:
     "All that the search beside it needs; `net` is None where no layer responds"
     phi = [p for p,_ in hba.net.params] if hba.net else []
@@ -112,15 +104,6 @@ def claim(hba):
     except OSError as e:
         raise OSError(e.errno, f"{e.strerror}: {file_of(hba)} cannot be written, give `checkpoint` a place where you may write") from None
     hba.on_disk,hba.rows = on_disk(hba),[] # of the table that fastai shows, one for each epoch of this fit
-
-def _noted(v):
-    "What a table shows, as a checkpoint can hold it"
-    return [float(v),v.text] if isinstance(v, Worded) else v if isinstance(v, (int,str,type(None))) else float(v)
-
-def row(learn) -> dict: # {column: what it shows}
-    "What fastai's table says of this epoch"
-    recorder = getattr(learn, 'recorder', None)
-    return {k: _noted(v) for k,v in zip(recorder.metric_names[1:], recorder.log[1:])} if recorder else {}
 
 def write(hba, **more):
     "Save all that the fit needs to go on, and `more`"
@@ -159,41 +142,6 @@ def load_training(learn, training:dict):
     if training['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(training['scaler'])
 
 # %% ../nbs/06h_resume.ipynb #25c33c9c
-def _shown(row:dict, names) -> list:
-    "A row of fastai's table"
-    return [Worded(*row[k]) if isinstance(row.get(k), list) else row.get(k) for k in names if k!='time']
-
-def load_record(recorder, of:dict):
-    "What `record` gave"
-    recorder.lrs,recorder.losses,recorder.iters = of['lrs'].tolist(),list(of['losses'].float()),of['iters']
-    recorder.smooth_loss.count,recorder.smooth_loss.val = of['smooth'][0],torch.tensor(of['smooth'][1])
-
-def show_record(learn, d:dict):
-    "The `Recorder` of a Learner whose checkpoint `d` is, and which has not trained itself"
-    if not d['rows'] or not d['training']['record'] or not hasattr(learn, 'recorder'): return
-    names = list(d['rows'][0])
-    learn.recorder.metric_names,learn.recorder.values = L('epoch',*names,'time'),[L(_shown(row, names)) for row in d['rows']]
-    load_record(learn.recorder, d['training']['record'])
-
-class ShownAgain(Callback):
-    "Leaves out the epochs that are done, and shows their figures to callbacks that compare epochs, which save nothing meanwhile"
-    order = 70 # behind fastai's `Recorder`, `SaveModelCallback` and others of its kind
-    def __init__(self, rows:list, record:dict|None=None): self.rows,self.record = rows,record
-    def before_epoch(self):
-        if self.epoch>=len(self.rows): return
-        if hasattr(self.learn, 'recorder'): self.recorder.log += _shown(self.rows[self.epoch], self.recorder.metric_names[1:])
-        self.learn.save = lambda file, *args, **kwargs: join_path_file(file, self.path/self.model_dir, ext='.pth')
-        raise CancelEpochException
-
-    def after_epoch(self):
-        vars(self.learn).pop('save', None)
-        if self.record and self.epoch+1==len(self.rows) and hasattr(self.learn, 'recorder'): load_record(self.recorder, self.record)
-
-def leave_out(hba, rows:list, record:dict|None=None):
-    "Leave the first epochs of this fit out; whatever ends it, `learn.save` is fastai's again"
-    hba.undo.callback(vars(hba.learn).pop, 'save', None)
-    hba.undo.enter_context(hba.learn.added_cbs(ShownAgain(rows, record)))
-
 def load_before(hba, d:dict):
     "Before the fit: the training as it was, λ and the schedule so far, and the epochs that are done are left out"
     search,learn = d['search'],hba.learn
