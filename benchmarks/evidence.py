@@ -2,6 +2,7 @@
 
     python benchmarks/evidence.py --seeds 201 203             # nulls; runs what is missing, then writes the table
     python benchmarks/evidence.py --seeds 201 --plants        # targets under a shift
+    python benchmarks/evidence.py --seeds 201 203 --sparing   # the same with `sparing=True`, also with --plants
     python benchmarks/evidence.py --again                     # counts anew in the series that were kept
     python benchmarks/evidence.py --table                     # writes results/evidence.md
 
@@ -9,13 +10,14 @@ Searches on digits as in payoff.py (500 source images, 900 steps of 50; the defa
     none        the target images are as the source images
     permuted    there is no response to learn: the doses are permuted among the samples of each batch; with a shift of the target and without
     a shift     one that an operation describes (a plant, six of them), or none does (four)
-The searches of one seed share their warm-up. Those of seed 200 are whole ones, whose target batches come from fastai's loader; they are counted up to 60% too.
+The searches of one seed share their warm-up, unless they are sparing: what acts depends on the loss on the target images then. Those of seed 200 are whole ones, whose target batches come from fastai's loader; they are counted up to 60% too.
 The estimate and a threshold of 2.5 were chosen on seeds 200 and 202, and tested on the others; then the threshold was raised to what all nulls ask for.
 That was with a hyper-step every 2 training steps and one move of λ in each (`--steps 2`); the defaults of today came later, and are judged by the same rule.
 
 results/evidence/digits.jsonl holds one line per search, and one with the environment where a process began:
     shift, permuted, n_target, seed     what was searched
     T_train                             training steps between the hyper-steps; 2 in lines without it
+    sparing                             true in the lines of searches with it
     signal                              `signal` of the operations, in the order of `OP_NAMES`
     whole                               the same at the end of the course, for seed 200
     observables                         what might tell a search that helps from one that misleads, see `observables`
@@ -48,13 +50,13 @@ OUTSIDE = ['noise','fog','scanner','cast']
 CHOICE,FIRST = [200,202],2.5 # seeds, and the threshold that was chosen on them
 NOW,MOVES = HBACallback().T_train,HBACallback().moves
 
-# --- searches of one training: they part when the warm-up ends, in a process each
+# --- searches of one training: they part when the warm-up ends, or at once if they are sparing, in a process each
 
 class Parted(HBACallback):
-    """At the first hyper-step one process after the other goes on, each with a target of its own, up to `UNTIL`;
+    """At the first hyper-step, or batch, one process after the other goes on, each with a target of its own, up to `UNTIL`;
     they keep, per hyper-step: λ, its hypergradient, the loss, and of each target image which it is and its gradient ∂L_i/∂z"""
-    def __init__(self, targets:dict, done, permuted:bool, seed:int, T_train:int):
-        super().__init__(seed=seed, T_train=T_train, moves=1 if T_train==2 else MOVES)
+    def __init__(self, targets:dict, done, permuted:bool, seed:int, T_train:int, sparing:bool=False):
+        super().__init__(seed=seed, T_train=T_train, moves=1 if T_train==2 else MOVES, sparing=sparing)
         self.targets,self.done,self.permuted,self.generator = targets,done,permuted,torch.Generator().manual_seed(seed)
         self.kept,self.mine = {k: [] for k in ('lam','loss','image','of_image')},None
 
@@ -70,9 +72,19 @@ class Parted(HBACallback):
             if not child:
                 self.mine,self.images,self.labels,self.began = name,(x/255-torch.tensor(MEAN)[:,None,None])/torch.tensor(STD)[:,None,None],y,time.process_time()
                 self.drawn = endless(len(y), torch.Generator().manual_seed(1000*self.base_seed+4))
+                if self.sparing: self.stream = iter(self.batch, None)
                 return
             if os.waitpid(child, 0)[1]: raise RuntimeError(f"The search for {name} failed")
         raise CancelFitException
+
+    def batch(self):
+        "The next target images"
+        self.i = [next(self.drawn) for _ in range(min(BS, len(self.labels)))]
+        return self.images[self.i],self.labels[self.i]
+
+    def before_batch(self):
+        if self.sparing and self.mine is None: self.part()
+        super().before_batch()
 
     def hyper_step(self):
         if self.mine is None: self.part()
@@ -86,26 +98,26 @@ class Parted(HBACallback):
     def target_loss(self, b):
         "Each target image meets the network at z in a row of its own, so that its gradient can be seen"
         if self.mine is None: return super().target_loss(b)
-        n,layer = min(BS, len(self.labels)),self.net.layers[0]
-        i = [next(self.drawn) for _ in range(n)]
+        x,y = b if self.sparing else self.batch()
+        n,layer = len(y),self.net.layers[0]
         rows = layer.z.expand(n, -1)
         rows.register_hook(lambda g: self.kept['of_image'].append((n*g).half().numpy()))
         for l in self.net.layers: l.z = rows
-        self.kept['image'].append(np.array(i))
-        return self.loss0(self.learn.model(self.images[i]), self.labels[i])
+        self.kept['image'].append(np.array(self.i))
+        return self.loss0(self.learn.model(x), y)
 
     def series(self) -> dict:
         "What was kept, as arrays (hyper-steps,...)"
         return dict({k: np.stack(v) for k,v in self.kept.items()}, g=self.lam.gradients().numpy())
 
-def train(seed, permuted, targets, done, T_train=NOW, steps=STEPS):
+def train(seed, permuted, targets, done, T_train=NOW, sparing=False, steps=STEPS):
     "One training by the package's defaults, and a search from its warm-up for each of `targets`"
     source = sets(seed)[0]
     set_seed(seed)
     dls = array_dls(source, source, vocab=[str(o) for o in range(10)], bs=BS, batch_tfms=Normalize.from_stats(MEAN, STD))
     learn = Learner(dls, digits_net(), opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=WD)
     learn.remove_cb(ProgressCallback); learn.logger = quiet
-    learn.fit_one_cycle(max(steps*BS//len(source[1]), 1), LR, cbs=[NoValid(), Parted(targets, done, permuted, seed, T_train)])
+    learn.fit_one_cycle(max(steps*BS//len(source[1]), 1), LR, cbs=[NoValid(), Parted(targets, done, permuted, seed, T_train, sparing)])
 
 def wanted(seed, plants):
     "(permuted, [(shift, number of target images)]) of a seed: nulls, or shifts"
@@ -144,11 +156,12 @@ def counted(s) -> dict:
 # --- results
 
 def lines(): return [json.loads(l) for l in FILE.read_text().splitlines()] if FILE.exists() else []
-def key(r): return r['shift'],r['permuted'],r['n_target'],r['seed'],r.get('T_train', 2)
+def key(r): return r['shift'],r['permuted'],r['n_target'],r['seed'],r.get('T_train', 2),r.get('sparing', False)
 def write(r):
     FILE.parent.mkdir(parents=True, exist_ok=True)
     with FILE.open('a') as f: f.write(json.dumps(r)+'\n')
-def name(shift, permuted, n, seed, T_train): return f"{shift}_{'permuted' if permuted else 'seen'}_{n}_{seed}_{T_train}.npz"
+def name(shift, permuted, n, seed, T_train, sparing):
+    return f"{shift}_{'permuted' if permuted else 'seen'}_{n}_{seed}_{T_train}{'_sparing' if sparing else ''}.npz"
 
 def again(folder):
     "The lines of all searches, counted anew in the series in `folder`"
@@ -201,11 +214,13 @@ def observables_table(rs):
 
 def table():
     "All results as Markdown"
-    now,rs = ([r for r in sorted((r for r in lines() if 'signal' in r), key=lambda r: r['seed']) if key(r)[-1]==T] for T in (NOW,2))
+    all_of = lambda *form: [r for r in sorted((r for r in lines() if 'signal' in r), key=lambda r: r['seed']) if key(r)[-2:]==form]
+    now,sparing,rs = all_of(NOW, False),all_of(NOW, True),all_of(2, False)
     of = lambda f: [r for r in rs if f(r)]
     seeds = lambda rs: sorted({r['seed'] for r in rs})
     return '\n'.join([f'Searches on digits, 30 or 100 target images, counted up to 60% of 900 steps; seeds {seeds(now)}; named from z = {NAMED:g} on:', '',
         *naming_table(now), '',
+        f'With `sparing=True`; seeds {seeds(sparing)}:', '', *naming_table(sparing), '',
         f'With a hyper-step every 2 training steps and one move of λ in each; seeds {seeds(rs)}:', '', *naming_table(rs), '',
         f'What led there: a threshold of {FIRST:g}, chosen on seeds {CHOICE},', '', *naming_table(of(lambda r: r['seed'] in CHOICE), least=FIRST), '',
         'and tested on the others:', '', *naming_table(of(lambda r: r['seed'] not in CHOICE), least=FIRST), '',
@@ -219,6 +234,7 @@ if __name__=='__main__':
     ap.add_argument('--seeds', type=int, nargs='+', default=list(range(200, 212)))
     ap.add_argument('--plants', action='store_true', help='targets under a shift; else nulls')
     ap.add_argument('--steps', type=int, default=NOW, choices=sorted({2,NOW}), help='training steps between the hyper-steps')
+    ap.add_argument('--sparing', action='store_true', help='searches with `sparing=True`')
     ap.add_argument('--budget', type=float, default=2700, help='CPU seconds')
     ap.add_argument('--series', type=Path, default=Path('series'), help='folder for the series of hypergradients')
     ap.add_argument('--table', action='store_true', help='only write the table')
@@ -231,13 +247,14 @@ if __name__=='__main__':
         e = environment()
         write(dict(environment={**e, 'command': e['command'].replace(f' --series {a.series}', '')}))
         for seed,(permuted,which) in ((s,w) for s in a.seeds for w in wanted(s, a.plants)):
-            missing = [o for o in which if (o[0],permuted,o[1],seed,a.steps) not in done]
+            missing = [o for o in which if (o[0],permuted,o[1],seed,a.steps,a.sparing) not in done]
             def note(target, series, seconds):
                 shift,n = target
-                np.savez(a.series/name(shift, permuted, n, seed, a.steps), **series)
-                write(dict(shift=shift, permuted=permuted, n_target=n, seed=seed, T_train=a.steps, **counted(series), cpu_seconds=round(seconds, 2)))
+                np.savez(a.series/name(shift, permuted, n, seed, a.steps, a.sparing), **series)
+                what = dict(shift=shift, permuted=permuted, n_target=n, seed=seed, T_train=a.steps, **(dict(sparing=True) if a.sparing else {}))
+                write(dict(**what, **counted(series), cpu_seconds=round(seconds, 2)))
                 print(shift, permuted, n, seed, round(seconds, 1), flush=True)
-            if missing and sum(os.times()[:4])<a.budget: train(seed, permuted, {o: target(*o, seed) for o in missing}, note, a.steps)
+            if missing and sum(os.times()[:4])<a.budget: train(seed, permuted, {o: target(*o, seed) for o in missing}, note, a.steps, a.sparing)
             gc.collect()
     if a.again: again(a.series)
     (RESULTS/'evidence.md').write_text(table())

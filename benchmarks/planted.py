@@ -124,7 +124,8 @@ BARE = partial(Variant, bare=True)
 BY_KIND = [30,24] # probabilities, magnitudes
 CONFIGS = { # what it is, what makes it
   'default': ('the defaults of the package', HBACallback),
-  'sparing': ('the defaults and `sparing=True`; doses are those of λ, of which a share acts', partial(HBACallback, sparing=True)),
+  'sparing': ('the defaults and `sparing=True`; doses are those of λ', partial(HBACallback, sparing=True)),
+  'sparing_all': ('the same, but what the search adds is spared as well', None),
   'T2': ('bare, the expectation taken under λ+ε: the default, but λ is not pulled, and a hyper-step comes every 2 training steps',
          partial(HBACallback, **STEPS)),
   'best': ('T2, but of 3 sampled λ the best is taken (Eq. 9): about the cost of a gradient',
@@ -272,6 +273,13 @@ def row(task, config, rs):
     error,seconds = (np.mean([r[o] for r in rs]) for o in ('test_error','cpu_seconds'))
     return [what,n,share(front),share(3),severity,by,*signal_cells(rs),f'{error:.1f}',f'{seconds:.0f}']
 
+def paired(runs):
+    "Errors minus those of the default in the same runs, for each form of `sparing`"
+    error = lambda c: {(r['shift'],r['seed']): r['test_error'] for r in runs[c]}
+    for c in ('sparing','sparing_all'):
+        d = [e-error('default')[k] for k,e in error(c).items() if k in error('default')]
+        if len(d)>1: yield f"Error with `{c}`, minus that of the default, paired: {{:+.2f}} ± {{:.2f}} ({len(d)} runs).  ".format(*mean_se(d))
+
 def table():
     "All results as Markdown"
     out = []
@@ -282,7 +290,7 @@ def table():
         e = next(rs for rs in runs.values() if rs)[-1]['environment']
         out += [f'**{task}**: {about}; shifts: {", ".join(TASKS[task][6])}.', '']
         out += [f"| {' | '.join(map(str, o))} |" for o in (HEAD, ['---']*len(HEAD), *rows)]
-        out += ['', f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
+        out += ['', *paired(runs), f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
     return '\n'.join(out)
 
 if __name__=='__main__':

@@ -38,7 +38,7 @@ def _check_version(fname, data:bytes):
         "start a new search with another name")
     if v>ours: raise CheckpointError(f"{fname} was written by a newer version of hba-fastai: update hba-fastai to continue it")
     if not data.startswith(MAGIC): raise CheckpointError(f"{fname} does not begin as a checkpoint: "
-        "give a file that `HBACallback(checkpoint=...)` wrote")
+        "give a file that a search wrote")
 
 def load_checkpoint(fname, device='cpu') -> dict:
     "Read what `save_checkpoint` wrote"
@@ -49,7 +49,7 @@ def load_checkpoint(fname, device='cpu') -> dict:
         raise CheckpointError(f"{fname} is damaged, its content and its digest disagree: use an earlier copy, or start anew")
     try: return torch.load(io.BytesIO(data[n:]), map_location=device, weights_only=True)
     except Exception as e: raise CheckpointError(f"{fname} holds more than tensors, numbers and text ({type(e).__name__}): "
-        "give a file that `HBACallback(checkpoint=...)` wrote") from None
+        "give a file that a search wrote") from None
 
 # %% ../nbs/06_checkpoint.ipynb #989448b6
 def checkpoint_path(

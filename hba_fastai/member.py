@@ -149,7 +149,7 @@ class PlainMember(PolicyCallback):
         PolicyCallback.__init__(self, searched_policies(policy, skip, limits), sigma=0., seed=seed_of(role.key))
         store_attr('role,how,checkpoint')
         self.lam,self.clock,self.points = role.scattered(Hyperparameters(self.policies.space.start())),Clock(1),[]
-        self.spare = Sparing(self.policies, False)
+        self.spare = Sparing(self.policies)
 
     def before_fit(self):
         PolicyCallback.before_fit(self)

@@ -202,7 +202,7 @@ def carry_out(self:Population, r:dict):
 @patch
 def run(self:Population, name:str, n_epoch:int, args:tuple, kwargs:dict):
     "Train all members by the method `name` of their Learners"
-    if not (isinstance(n_epoch, int) and n_epoch>=1): raise ValueError(f"n_epoch={n_epoch!r} is the length of a training: it must be a whole number, 1 or more")
+    if not (type(n_epoch) is int and n_epoch>=1): raise ValueError(f"n_epoch={n_epoch!r} is the length of a training: it must be a whole number, 1 or more")
     odd = first(k for k in ('cbs','reset_opt','start_epoch') if k in kwargs)
     if odd: raise TypeError(f"{odd} is not for a population, whose members are fits that are stopped and go on: leave it out"
         f"{', and put callbacks into the Learner of make_learner' if odd=='cbs' else ''}")
@@ -237,6 +237,12 @@ def fit_one_cycle(self:Population, n_epoch:int, *args, **kwargs):
 def fit_flat_cos(self:Population, n_epoch:int, *args, **kwargs):
     "Train the population, each member as by `Learner.fit_flat_cos`"
     self.run('fit_flat_cos', n_epoch, args, kwargs)
+
+@patch
+def fine_tune(self:Population, *args, **kwargs):
+    "Not for a population"
+    raise NotImplementedError("fine_tune is two fits and a member is one: unfreeze in make_learner and call fit_one_cycle, or search by HBACallback, "
+        "which goes on in the second fit")
 
 @patch
 def say(self:Population):

@@ -70,7 +70,7 @@ class HBACallback(PolicyCallback):
         target=None,          # Labelled images like those that the model is for: they are the data of the hyper-steps, and then join training
         until:float=UNTIL,    # With `target`: share of the course after which λ is frozen and they join the training batches
         mix:float=MIX,        # and the share of each batch that they then take
-        sparing:bool=False,   # Do operations act only as often as overfitting calls for? See `Sparing`
+        sparing:bool=False,   # Does the policy of the start act only as far as overfitting calls for it? See `Sparing`
         seed:int|None=None,   # Seed of its random streams; default: torch's current seed
         checkpoint=None,      # Name of a file in the Learner's model folder (or a path) to write after each epoch
         resume:bool=False     # Go on from the checkpoint, if there is one
@@ -155,7 +155,8 @@ class HBACallback(PolicyCallback):
 @patch
 def forget(self:HBACallback):
     "Begin a new search: λ, φ, the schedule and the random streams"
-    self.start,self.spare = self.policies.start(self.starts_at),Sparing(self.policies, self.sparing)
+    self.start = self.policies.start(self.starts_at)
+    self.spare = Sparing(self.policies, self.start if self.sparing else None)
     self.lam,self.clock,self.course = self.new_lam(),Clock(self.T_train),Course()
     self.points,self.inactive,self.pauses = [],[],[] # of λ over epochs; operations that cannot act on these images; when a checkpoint went on
     self.net,self.generators,self.schedule,self.saved,self.searched = (None,)*5

@@ -30,12 +30,12 @@ def compared(loss_func, pred, *targ) -> Tensor: # Loss function of the Learner, 
 LEAST = 0.05 # smallest share
 
 class Sparing:
-    "The share of its probabilities that a policy acts with"
-    def __init__(self, policies:Policies, on:bool): # `on`: else all of them act, always
-        self.is_p,self.on = torch.tensor([n.endswith('.p') for n in policies.space.names]),on
-        if on and not (self.is_p.any() or policies.waits): raise ValueError(f"sparing=True lowers probabilities and {policies.parts[0].name} has none: "
+    "The share of the probabilities a search begins with that acts; what it adds to them acts in full"
+    def __init__(self, policies:Policies, start:Tensor|None=None): # λ (H,) at the start; None: all acts, always
+        self.is_p,self.start,self.on = torch.tensor([n.endswith('.p') for n in policies.space.names]),start,start is not None
+        if self.on and not (self.is_p.any() or policies.waits): raise ValueError(f"sparing=True lowers probabilities and {policies.parts[0].name} has none: "
             "leave it out, or give hyperparameters that are probabilities a name in `.p`")
-        self.n,self.losses,self.share,self.noted = 0,None,torch.tensor(LEAST if on else 1.),{} # `noted`: {epochs of the course: share}
+        self.n,self.losses,self.share,self.noted = 0,None,torch.tensor(LEAST if self.on else 1.),{} # `noted`: {epochs of the course: share}
         self.kept = None # the last images of the hyper-steps, within an epoch
 
     def learn(self, losses:Tensor): # (2,): of training images that no operation met, of images of the hyper-steps
@@ -53,22 +53,23 @@ class Sparing:
 # %% ../nbs/06f1a_sparing.ipynb #5a41000c
 @patch
 def acting(self:Sparing, lam:Tensor, share=None) -> Tensor: # λ (...,H); share, (...,1) or a number: default, that of now
-    "λ with probabilities that are those of `lam` times the share, differentiable in `lam`"
+    "λ with the probabilities that act: those of `lam`, less what is spared of those at the start; differentiable in `lam`"
     if not self.on: return lam
     share = self.share.to(lam) if share is None else share
-    self.is_p = self.is_p.to(lam.device)
-    return torch.where(self.is_p, (share*lam.sigmoid()).clamp(1e-7, 1-1e-7).logit(), lam)
+    self.is_p,self.start = self.is_p.to(lam.device),self.start.to(lam)
+    p,p0 = lam.sigmoid(),self.start.sigmoid()
+    return torch.where(self.is_p, (p-(1-share)*p.minimum(p0)).clamp(1e-7, 1-1e-7).logit(), lam)
 
 @patch
 def in_words(self:Sparing) -> str:
     own,other = (0.,0.) if self.losses is None else self.losses.tolist()
-    return (f"The operations act with {self.share:.0%} of these probabilities: the loss is {own:.3g} on training images "
+    return (f"Of the probabilities that the search began with, {self.share:.0%} act, and all of what it added: the loss is {own:.3g} on training images "
             f"and {other:.3g} on those of the hyper-steps.")
 
 @patch
 def note(self:Sparing, at:float): # Epochs of the course
     "Remember the share of now; an epoch ends. Warn where it could not be compared yet"
-    if self.n and self.losses.isnan().any(): warnings.warn(f"sparing=True compares losses and could not yet, so {LEAST:.0%} of the probabilities act: "
+    if self.n and self.losses.isnan().any(): warnings.warn(f"sparing=True compares losses and could not yet, so {LEAST:.0%} of the first probabilities act: "
         "operations meet every training image, or the loss is negative or not finite; leave it out")
     self.noted[at],self.kept = self.share.item(),None
 

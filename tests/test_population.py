@@ -229,6 +229,10 @@ def test_bad_input(what):
     kw,error,says = BAD[what]
     with pytest.raises(error, match=says): fit(population(**kw), 1)
 
+def test_what_is_no_fit_of_a_population():
+    with pytest.raises(NotImplementedError, match='fine_tune is two fits'): population().fine_tune(1)
+    with pytest.raises(ValueError, match='n_epoch=True is the length'): fit(population(), True)
+
 def test_several_processes_of_one_training_are_refused(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ValueError, match='2 processes share one training here and a population has a training for each member'): fit(population())

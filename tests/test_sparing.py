@@ -18,6 +18,10 @@ class Brighter(Policy):
 def by_heart(): return nn.Sequential(*small_net()[:-3], nn.Flatten(), nn.Linear(16*9, 10)) # a network that can overfit
 def probabilities(hba): return hba.schedule.table[:,hba.spare.is_p]
 
+def sparing():
+    policies = HBACallback().policies
+    return Sparing(policies, policies.start())
+
 def test_it_augments_a_training_that_overfits_and_no_other():
     "40 images, learned by heart, and a learning rate that learns nothing"
     def search(lr, epochs):
@@ -30,6 +34,17 @@ def test_it_augments_a_training_that_overfits_and_no_other():
     assert much.spare.share>0.5 and torch.equal(none.spare.share, torch.tensor(LEAST))
     start = much.policies.space.values(much.start)[much.spare.is_p].double()
     for hba in (much,none): assert torch.allclose(probabilities(hba)[-1], start*hba.spare.share, rtol=1e-4)
+
+def test_what_the_search_adds_acts_in_full():
+    class Move(Callback):
+        "λ of one copy up, of the other down"
+        def after_train(self): self.hba.lam.value = self.hba.start + torch.tensor([1.]*15+[-1.]*15+[0.]*(len(self.hba.start)-30))
+    learn,hba = small_learner(),HBACallback(seed=0, sparing=True, hlr=1e-9)
+    learn.fit(2, cbs=[hba,Move()])
+    values = lambda lam: hba.policies.space.values(lam)[hba.spare.is_p].double()
+    p0,p,share = values(hba.start),values(hba.lam.value),hba.spare.share
+    assert share<0.5 and (p[:15]>p0[:15]).all() and (p[15:]<p0[15:]).all()
+    assert torch.allclose(probabilities(hba)[-1], torch.where(p>p0, p-p0+share*p0, share*p), rtol=1e-4)
 
 def test_without_it_all_probabilities_are_those_of_lambda():
     "And nothing is compared"
@@ -104,7 +119,7 @@ def test_what_it_cannot_do_is_refused(kw, error, match):
     with pytest.raises(error, match=match): HBACallback(**{'sparing': True, **kw})
 
 def test_losses_that_are_not_finite_change_nothing():
-    spare = Sparing(HBACallback().policies, True)
+    spare = sparing()
     spare.learn(torch.tensor([float('nan'),1.]))
     assert spare.share==torch.tensor(LEAST)
     for own in (0.1,float('inf'),0.1): spare.learn(torch.tensor([own,1.]))
@@ -112,8 +127,8 @@ def test_losses_that_are_not_finite_change_nothing():
 
 @pytest.mark.parametrize('loss', [-1.,float('nan')])
 def test_what_cannot_be_compared_is_said(loss):
-    spare = Sparing(HBACallback().policies, True)
+    spare = sparing()
     spare.note(0.)
     spare.learn(torch.tensor([loss,1.]))
-    with pytest.warns(UserWarning, match='could not yet, so 5% of the probabilities act'): spare.note(1.)
+    with pytest.warns(UserWarning, match='could not yet, so 5% of the first probabilities act'): spare.note(1.)
     assert spare.share==torch.tensor(LEAST)
