@@ -10,7 +10,8 @@ Searches on digits as in payoff.py (500 source images, 900 steps of 50; the defa
     none        the target images are as the source images
     permuted    there is no response to learn: the doses are permuted among the samples of each batch; with a shift of the target and without
     a shift     one that an operation describes (a plant, six of them), or none does (four)
-The searches of one seed share their warm-up, unless they are sparing: what acts depends on the loss on the target images then. Those of seed 200 are whole ones, whose target batches come from fastai's loader; they are counted up to 60% too.
+The searches of one seed share their warm-up, unless they are sparing: what acts depends on the loss on the target images then.
+Those of seed 200 are whole ones, whose target batches come from fastai's loader; they are counted up to 60% too.
 The estimate and a threshold of 2.5 were chosen on seeds 200 and 202, and tested on the others; then the threshold was raised to what all nulls ask for.
 That was with a hyper-step every 2 training steps and one move of λ in each (`--steps 2`); the defaults of today came later, and are judged by the same rule.
 

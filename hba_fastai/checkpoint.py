@@ -16,7 +16,7 @@ import torch
 from .files import *
 
 # %% ../nbs/06_checkpoint.ipynb #62a4660f
-MAGIC = b'hba-fastai checkpoint 8\n'
+MAGIC = b'hba-fastai checkpoint 9\n'
 
 class CheckpointError(ValueError):
     "A file that should hold a checkpoint of a search and cannot be used"

@@ -6,7 +6,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/checks.html.md"""
 
 # %% auto #0
 __all__ = ['check_arguments', 'check_own', 'searched_policies', 'refuse_learner', 'forget_old_model', 'warn_of_monitors',
-           'warn_of_rates', 'advise']
+           'warn_of_rates', 'warn_of_course', 'advise']
 
 # %% ../nbs/06g_checks.ipynb #415685c7
 import numbers,warnings
@@ -17,6 +17,7 @@ from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import TrackerCallback
 from .checkpoint import checkpoint_path
+from .clock import n_hyper_steps,steps_per_epoch
 from .optimizer import rates
 from .pba import PBAPolicy
 from .policy import Policies,check_policy
@@ -124,6 +125,14 @@ def warn_of_rates(learn, layers:list): # [(name, layer)]
     if ratio>=0.5: return
     line = "`fine_tune(..., lr_mult=1)`" if tuning else "one learning rate for all layers instead of a slice"
     warnings.warn(f"The first layers learn at {ratio:.2g} of the head's rate, too slowly to follow target images that look different: use {line}")
+
+def warn_of_course(hba):
+    "Warn where a course is too short for a hyper-step, and where a fit goes on behind the one that was planned"
+    clock,total,n = hba.clock,hba.course.total,steps_per_epoch(hba.learn)
+    if not hba.points and not n_hyper_steps(hba, round(total*n)): warnings.warn(f"{total} epochs of {n:g} optimizer steps have no hyper-step, "
+        "so the schedule will be the policy that the search starts from: train longer, or with smaller batches")
+    now = "is frozen since, so nothing is searched, and target images are a part of each batch" if clock.until<float('inf') else "moves at once"
+    if total>clock.total: warnings.warn(f"The search goes on from the last fit: λ {now}. Call `forget()` of the callback to begin a new search")
 
 def advise(hba, layers:list):
     "Say once what makes this search misleading or slow"

@@ -54,6 +54,7 @@ def hba_search(
     strategy:str=None, # Layers that respond to the augmentation, such as first_bn, first_norm or first_conv; default: HBACallback's
     skip:str=None, # Operations that must not be used, such as Invert,Solarize
     limits:str=None, # Narrower ranges of magnitudes, such as Rotate=0:10,TranslateX=0:0.1
+    sparing:bool=False, # Augment only as far as the training overfits or the images of the hyper-steps differ: for short trainings
     target:str=None, # Folder of labelled images like those that the model is for, with a sub-folder per class: they steer the search, then join training
     same:bool=False, # The digits without another camera: nothing differs
     paper:bool=False, # The paper's setting to the letter, instead of this package's
@@ -62,7 +63,7 @@ def hba_search(
     "Search an augmentation schedule within one training"
     with as_command() if is_cli(hba_search) else nullcontext():
         from hba_fastai import session
-        own = dict(strategy=strategy, skip=skip, limits=limits, hlr=hlr, sigma=sigma)
+        own = dict(strategy=strategy, skip=skip, limits=limits, hlr=hlr, sigma=sigma, sparing=sparing)
         session.run(path, arch, epochs, out, size, bs, lr, seed, target, same, paper, resume, **own)
 
 # %% ../nbs/08_cli.ipynb #bb73e32f

@@ -24,7 +24,8 @@ from .target import *
 # %% ../nbs/06f2_findings.ipynb #018b9b46
 def by_operation(hba) -> pd.DataFrame:
     "Say which operations stand out; for each its signal (above 0: more of it lowers the loss), z, whether it is named, its values"
-    df = evidence(hba.lam.gradients(), hba.policies.space, hba.lam.value, hba.points[0][1] if hba.points else hba.start)
+    last,start = (hba.spare.acting(lam) for lam in (hba.lam.value, hba.points[0][1] if hba.points else hba.start))
+    df = evidence(hba.lam.gradients(), hba.policies.space, last, start)
     moved = hba.net is None or any(v.abs().max()>0 for l in hba.net.layers for v in l.V.values())
     for why in hindrances(hba.provenance, moved, len(hba.lam.series)): print(f'{why}.')
     if not too_few(len(hba.lam.series)): print(in_words(df))
@@ -108,11 +109,9 @@ def report(
     return kinds[by](hba)
 
 # %% ../nbs/06f2_findings.ipynb #dfaeafb7
-def path_of(schedule) -> dict: # `{name: numbers (N,)}`
+def path_of(space, lam, off=()) -> dict: # λ (N,H), operations to leave out -> `{name: numbers (N,)}`
     "How far λ of each operation is from its start: of its probability, or else of what it has; the mean of the copies"
-    space = schedule.space
-    lam = space.lam(schedule.table).numpy()
-    first_of = {o: kinds.get('p') or first(kinds.values()) for o,kinds in names_of(space).items() if o not in schedule.off}
+    first_of = {o: kinds.get('p') or first(kinds.values()) for o,kinds in names_of(space).items() if o not in off}
     return {o: (lam[:,i]-lam[0,i]).mean(1) for o,i in first_of.items()}
 
 def draw_signal(hba, figsize=(11,4.5)): # Width and height in inches
@@ -120,10 +119,10 @@ def draw_signal(hba, figsize=(11,4.5)): # Width and height in inches
     import matplotlib.pyplot as plt
     if hba.schedule is None: raise ValueError("This search has found nothing yet: fit first")
     df = evidence(hba.lam.gradients(), hba.policies.space, hba.lam.value, hba.points[0][1])
-    schedule,colour = hba.schedule,colours_of(hba.schedule.space)
+    schedule,colour,(at,lam) = hba.schedule,colours_of(hba.schedule.space),zip(*hba.clock.with_corners(hba.points))
     fig,axs = plt.subplots(1, 2, figsize=figsize)
     fig.subplots_adjust(left=0.06, right=0.97, top=0.9, bottom=0.12, wspace=0.55)
-    path = path_of(schedule)
+    path = path_of(schedule.space, torch.stack(lam).numpy(), schedule.off)
     ends = [f(y.min() if f is min else y.max() for y in path.values()) for f in (min,max)]
     axs[0].set(xlim=(0,1), ylim=(ends[0]-0.1,ends[1]+0.1), xlabel='progress of training', ylabel='λ less λ at the start')
     lines(axs[0], schedule.progress.numpy(), path, colour)

@@ -89,7 +89,7 @@ def show(schedule, page=None, images=None, size:int=224):
         if not page: return
         more = [samples(found, folder_dls(*split_folder(images, 0)[:2], size, 64, 0))] if images else []
         write_page(page, as_page(found, f'The schedule {Path(schedule).name}', more))
-    except OSError as e: raise CliError(f"{e.filename} cannot be read or written ({e.strerror}): "
+    except OSError as e: raise CliError(f"{e.filename or page} cannot be read or written ({e.strerror}): "
         "give a schedule that hba_search wrote, and --html a file where you may write") from None
     except ValueError as e: raise CliError(str(e)) from None
     print(f'\nPage: {page}')

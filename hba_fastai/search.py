@@ -70,7 +70,7 @@ class HBACallback(PolicyCallback):
         target=None,          # Labelled images like those that the model is for: they are the data of the hyper-steps, and then join training
         until:float=UNTIL,    # With `target`: share of the course after which λ is frozen and they join the training batches
         mix:float=MIX,        # and the share of each batch that they then take
-        sparing:bool=False,   # Does the policy of the start act only as far as overfitting calls for it? See `Sparing`
+        sparing:bool=False,   # Does the policy act only as far as the loss on images of the hyper-steps exceeds that on training images? See page sparing
         seed:int|None=None,   # Seed of its random streams; default: torch's current seed
         checkpoint=None,      # Name of a file in the Learner's model folder (or a path) to write after each epoch
         resume:bool=False     # Go on from the checkpoint, if there is one
@@ -156,8 +156,8 @@ class HBACallback(PolicyCallback):
 def forget(self:HBACallback):
     "Begin a new search: λ, φ, the schedule and the random streams"
     self.start = self.policies.start(self.starts_at)
-    self.spare = Sparing(self.policies, self.start if self.sparing else None)
-    self.lam,self.clock,self.course = self.new_lam(),Clock(self.T_train),Course()
+    self.lam,self.spare = self.new_lam(),Sparing(self.policies, self.start if self.sparing else None)
+    self.clock,self.course = Clock(self.T_train),Course()
     self.points,self.inactive,self.pauses = [],[],[] # of λ over epochs; operations that cannot act on these images; when a checkpoint went on
     self.net,self.generators,self.schedule,self.saved,self.searched = (None,)*5
 
@@ -179,8 +179,8 @@ def open(self:HBACallback, again:bool):
     "Before the first epoch; `again`: a search begins, or one that was stopped"
     self.loss0,self.hyper_steps = self.hyper_loss or self.learn.loss_func,Steps()
     self.undo.enter_context(tracked(self))
-    share = {'share': lambda: self.spare.share.item()} if self.sparing else {}
-    self.undo.enter_context(shown(self.learn, {**columns(self.policies.space, lambda: self.lam, lambda: self.hyper_steps), **share}))
+    acting = lambda: [*map(self.spare.acting, (self.lam.value,self.lam.start))]
+    self.undo.enter_context(shown(self.learn, columns(self.policies.space, acting, lambda: self.hyper_steps) | self.spare.column))
     if not self.checkpoint: return
     self.before = [] if again else [*self.before, dict(settings=resuming.builtin(self.settings), rows=self.rows)]
     resuming.claim(self)
@@ -222,6 +222,7 @@ def begin(self:HBACallback, reason:str):
     self.rate,self.searched = self.clock.rate(self, self.learn, self.course.total),weakref.ref(get_model(self.model))
     self.generators.setdefault('exploit', torch.Generator(self.device).manual_seed(self.base_seed)) # the same in all processes
     if self.saved: resuming.load_behind(self, self.saved)
+    warn_of_course(self)
     self.saved,self.provenance = None,resuming.provenance(self, self.stream, reason)
     if not self.points:
         self.note(self.learn.epoch)

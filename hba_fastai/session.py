@@ -17,6 +17,7 @@ from fastcore.script import CliError
 from fastai.vision.all import *
 from fastprogress.fastprogress import ConsoleProgressBar
 from .search import *
+from .clock import n_hyper_steps
 from .data import *
 from .files import *
 from .folder import *
@@ -58,9 +59,9 @@ def check_out(out) -> list: # Files for the schedule, for its picture, for the r
     return [o.resolve() for o in (f,*beside)]
 
 # %% ../nbs/07c_session.ipynb #ed5e346f
-def chosen(strategy=None, skip=None, limits=None, hlr=None, sigma=None) -> dict:
+def chosen(strategy=None, skip=None, limits=None, hlr=None, sigma=None, sparing=False) -> dict:
     "Arguments of the callback from those of the command: `skip` is like `Invert,Solarize`, `limits` like `Rotate=0:10,TranslateX=0:0.1`"
-    kw = {k: v for k,v in dict(strategy=strategy, hlr=hlr, sigma=sigma).items() if v not in (None,'')}
+    kw = {k: v for k,v in dict(strategy=strategy, hlr=hlr, sigma=sigma, sparing=sparing or None).items() if v not in (None,'')}
     if skip:
         kw['skip'] = skip.replace(' ','').split(',')
         if odd := first(o for o in kw['skip'] if o not in TABLE7):

@@ -85,7 +85,7 @@ def start(self:Space,
 @patch
 def _start_by_name(self:Space, at:dict) -> Tensor:
     odd = sorted(set(at)-set(self.names))
-    if odd: raise ValueError(f"start names {odd[0]!r}, which is no hyperparameter of the space: use the names of `space.names`")
+    if odd: raise ValueError(f"start names {odd[0]!r}, which is no hyperparameter of the space: use names such as {self.names[0]!r}, `space.names` has all")
     values = self.values(self.start().double())
     for name,v in at.items():
         if not isinstance(v, (int,float)): raise ValueError(f"start gives {v!r} for {name}, which is a {type(v).__name__}: give a number")

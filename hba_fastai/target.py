@@ -79,7 +79,7 @@ def training_batch(
     "The first `k` training items with the transforms of validation; a loader that chooses its items itself gives its first batch"
     with own_draws('training batch'):
         if has_items(train):
-            k = min(k, train.n)
+            k = min(k, train.n, train.bs) # items of different sizes make no batch
             dl = own_loader(train, 0, bs=k, shuffle=False, drop_last=False, get_idxs=partial(noop, range(k)))
         else: dl = own_loader(train, 0) if isinstance(train, DataLoader) else train
         b = tuple(next(iter(dl)))

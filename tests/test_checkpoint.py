@@ -37,9 +37,9 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert os.listdir(tmp_path)==['s.pth']
 
 HEADS = {'older': (b'hba-fastai checkpoint 3\n', 'was written by an older version of hba-fastai and cannot be continued: start a new search'),
-         'oldest': (b'hba-fastai checkpoint 1\n', 'older version'), 'newer': (b'hba-fastai checkpoint 9\n', 'newer version'),
+         'oldest': (b'hba-fastai checkpoint 1\n', 'older version'), 'newer': (b'hba-fastai checkpoint 10\n', 'newer version'),
          'much newer': (b'hba-fastai checkpoint 12\n', 'newer version'),
-         'padded': (b'hba-fastai checkpoint 08\n', 'does not begin as a checkpoint'), 'another file': (b'PK', 'does not begin'),
+         'padded': (b'hba-fastai checkpoint 09\n', 'does not begin as a checkpoint'), 'another file': (b'PK', 'does not begin'),
          'empty': (b'', 'does not begin'),
          'cut': (MAGIC[:-1], 'does not begin'), 'no content': (MAGIC, 'damaged')}
 

@@ -193,8 +193,9 @@ def test_choices_reach_the_callback(monkeypatch, tmp_path):
     got = {}
     def fake(**kw): got.update(kw); raise CliError('enough')
     monkeypatch.setattr(session, 'HBACallback', fake)
-    with pytest.raises(CliError): hba_search(strategy='first_norm', skip='Invert,Solarize', limits='Rotate=0:10,TranslateX=0:0.1', seed=3)
-    assert got.pop('target').n==100 and got==dict(seed=3, strategy='first_norm', skip=['Invert','Solarize'], limits={'Rotate': (0,10), 'TranslateX': (0,0.1)})
+    with pytest.raises(CliError): hba_search(strategy='first_norm', skip='Invert,Solarize', limits='Rotate=0:10,TranslateX=0:0.1', seed=3, sparing=True)
+    assert got.pop('target').n==100
+    assert got==dict(seed=3, strategy='first_norm', skip=['Invert','Solarize'], limits={'Rotate': (0,10), 'TranslateX': (0,0.1)}, sparing=True)
     got.clear()
     with pytest.raises(CliError): hba_search(hlr=0.05, sigma=0., resume=True, out=str(tmp_path/'s.json'))
     assert got.pop('target').n==100 and got==dict(seed=0, hlr=0.05, sigma=0., checkpoint=tmp_path/'s.pth', resume=True)

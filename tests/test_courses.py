@@ -30,6 +30,7 @@ def climbing(): return Schedule([0,1], PBASpace().values(torch.stack([torch.full
 
 @pytest.mark.parametrize('make', [lambda: HBACallback(seed=0), lambda: ScheduleCallback(climbing(), seed=0)])
 @pytest.mark.parametrize('kept', [False,True])
+@pytest.mark.filterwarnings('ignore:The search goes on')
 def test_fine_tune_is_one_course(make, kept):
     "Search and replay see the same progress over both fits, once and again"
     cb,want = make(),torch.arange(30)/30

@@ -193,7 +193,8 @@ def test_a_schedule_goes_to_another_network_from_its_file_alone(tmp_path):
 @pytest.mark.filterwarnings('ignore:.*has no image of')
 def test_target_images_that_join_late_have_the_rates_of_their_rows():
     learn,watch = learner(),Watch()
-    learn.fit(3, 1e-2, cbs=[HBACallback(policy=Dropout()+LabelSmoothing(), target=digits_dls(40, 40, bs=20, size=12, seed=3).train, until=0.5, seed=0), watch])
+    target = digits_dls(40, 40, bs=20, size=12, seed=3).train
+    learn.fit(3, 1e-2, cbs=[HBACallback(policy=Dropout()+LabelSmoothing(), target=target, until=0.5, T_train=2, seed=0), watch])
     assert all(watch.on) and len(watch.on)==15
 
 def test_a_search_goes_on_from_its_checkpoint(tmp_path):

@@ -246,7 +246,7 @@ def test_stopped_while_target_images_train(event):
     with pytest.raises(KeyboardInterrupt): learn.fit(5, 1e-2, cbs=[hba, Callback(**{event: stop})])
     assert hba.late is None and hba.stream is None and list(learn.dls.train.after_batch.fs)==fs
     assert all('forward' not in vars(m) for m in learn.model.modules())
-    learn.fit(5, 1e-2, cbs=hba)
+    with pytest.warns(UserWarning, match='goes on from the last fit: λ is frozen'): learn.fit(5, 1e-2, cbs=hba)
     assert hba.late is None
 
 def test_resume_bit_for_bit_while_target_images_train(tmp_path):

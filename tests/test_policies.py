@@ -409,13 +409,13 @@ def test_old_schedules_load(file):
     s = Schedule.load(file)
     assert list(s.spaces)==['PBAPolicy'] and s.space.names==PBASpace().names and ScheduleCallback(file).policies.parts[0].name=='PBAPolicy'
 
-@pytest.mark.parametrize('version', [1,2,3,4,5,7])
+@pytest.mark.parametrize('version', [1,2,3,4,5,7,8])
 def test_old_checkpoints_are_refused(version, tmp_path):
     learn,hba = search(Noise(), 1, learn=small_learner(path=tmp_path), checkpoint='s')
     file = tmp_path/'models'/'s.pth'
     data = file.read_bytes()
-    assert data.startswith(b'hba-fastai checkpoint 8\n') and load_checkpoint(file)['epoch']==1
-    file.write_bytes(data.replace(b'checkpoint 8', b'checkpoint %d' % version, 1))
+    assert data.startswith(b'hba-fastai checkpoint 9\n') and load_checkpoint(file)['epoch']==1
+    file.write_bytes(data.replace(b'checkpoint 9', b'checkpoint %d' % version, 1))
     with pytest.raises(CheckpointError, match='older version of hba-fastai and cannot be continued: start a new search with another name'):
         search(Noise(), 1, learn=(other := small_learner(path=tmp_path)), checkpoint='s', resume=True)
     assert is_plain(other)

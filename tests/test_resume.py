@@ -168,7 +168,7 @@ def test_a_finished_search_can_be_fitted_on(tmp_path):
     small_learner(path=tmp_path).fit(2, cbs=HBACallback(checkpoint='s'))
     learn,hba = small_learner(path=tmp_path),HBACallback(checkpoint='s', resume=True)
     learn.fit(2, cbs=hba)
-    learn.fit(2, cbs=hba)
+    with pytest.warns(UserWarning, match='goes on from the last fit'): learn.fit(2, cbs=hba)
     assert hba.schedule.progress.tolist()==pytest.approx([0,0.15,0.25,0.5,0.75,1])
 
 def test_a_seed_may_be_left_out_later(tmp_path):
@@ -208,7 +208,7 @@ l.fit(10_000, cbs=HBACallback(checkpoint='s'))"""
 def files(tmp_path_factory):
     d = tmp_path_factory.mktemp('fuzz')
     learn = small_learner(path=d, n_train=40, n_valid=40)
-    learn.fit(1, cbs=HBACallback(checkpoint='c'))
+    learn.fit(2, cbs=HBACallback(checkpoint='c'))
     learn.hba_schedule.save(d/'s.json')
     return (d/'models'/'c.pth').read_bytes(),(d/'s.json').read_bytes(),d
 
@@ -260,7 +260,7 @@ def test_the_published_form_refuses_what_is_refused(files, where, what, tmp_path
 
 def test_the_published_form_has_spaces_and_limits(tmp_path):
     learn,hba = small_learner(n_train=40, n_valid=40),HBACallback(policy=PBAPolicy(limits={'Rotate': (0,10)})+LabelSmoothing())
-    learn.fit(1, cbs=hba)
+    learn.fit(2, cbs=hba)
     SCHEMA.validate(json.loads(hba.schedule.save(tmp_path/'s.json').read_text()))
 
 def test_nothing_is_executed(tmp_path):

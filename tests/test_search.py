@@ -193,6 +193,20 @@ def test_policy_acts_between_scaling_and_normalisation_on_training_batches_only(
     learn.fit(1, cbs=[HBACallback(), See()])
     assert seen[True]==[9,10,30,40,99] and seen[False]==[10,30,40,99] and torch.allclose(seen['fill'], torch.full((3,), 0.3))
 
+def test_a_course_without_a_hyper_step_is_said_beforehand():
+    with pytest.warns(UserWarning, match='1 epochs of 2 optimizer steps have no hyper-step'): small_learner(n_train=40).fit(1, cbs=HBACallback())
+
+@pytest.mark.parametrize('kw,says', [({}, 'λ moves at once'), (dict(target=True), 'λ is frozen since, so nothing is searched')])
+def test_a_fit_behind_the_course_says_so(kw, says):
+    "And the two fits of `fine_tune` say nothing"
+    learn = small_learner()
+    hba = HBACallback(**{k: learn.dls.valid for k in kw})
+    learn.fine_tune(2, cbs=hba)
+    with pytest.warns(UserWarning, match=f'goes on from the last fit: {says}'): learn.fit(1, cbs=hba)
+    hba.forget()
+    learn.fit(1, cbs=hba)
+    assert hba.schedule.progress.tolist()[-1]==1 and len(hba.points)==2
+
 def test_object_goes_on_over_two_fits():
     learn,hba = small_learner(),HBACallback()
     learn.fit(1, cbs=hba)
@@ -203,7 +217,7 @@ def test_object_goes_on_over_two_fits():
         def before_train(self):
             seen.setdefault('lam', self.learn.hba.lam.value.clone())
             seen.setdefault('v', self.learn.hba.net.layers[0].V['weight'].detach().clone())
-    learn.fit(3, cbs=[hba, See()])
+    with pytest.warns(UserWarning, match='goes on from the last fit'): learn.fit(3, cbs=[hba, See()])
     assert torch.equal(seen['lam'], lam) and torch.equal(seen['v'], v)
     assert hba.schedule.progress.tolist()==pytest.approx([0,0.3/4,0.25,0.5,0.75,1]) and hba.schedule.provenance['epochs']==4
 
@@ -309,7 +323,7 @@ def test_lambda_is_frozen_while_the_response_is_learned():
     learn.fit(4, 1e-2, cbs=hba)
     t = hba.schedule.table
     assert torch.equal(t[0],t[1]) and not torch.equal(t[1],t[3])
-    learn.fit(2, 1e-2, cbs=hba) # the response is there already
+    with pytest.warns(UserWarning, match='goes on from the last fit'): learn.fit(2, 1e-2, cbs=hba) # the response is there already
     assert not torch.equal(hba.schedule.table[4], hba.schedule.table[5])
 
 @pytest.mark.parametrize('floor', [0.02,0.001])

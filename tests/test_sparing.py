@@ -6,7 +6,8 @@ from fastai.losses import LabelSmoothingCrossEntropy
 from conftest import small_learner,small_net
 from hba_fastai.all import HBACallback,LabelSmoothing,PBAPolicy,Policy,Space
 from hba_fastai.data import digits_dls
-from hba_fastai.sparing import LEAST,Sparing,untouched
+from hba_fastai.ops import OP_NAMES
+from hba_fastai.sparing import LEAST,Sparing,shares,untouched
 
 class Brighter(Policy):
     "A policy whose only hyperparameter is no probability"
@@ -31,20 +32,31 @@ def test_it_augments_a_training_that_overfits_and_no_other():
         learn.fit(epochs, lr, cbs=hba)
         return hba
     much,none = search(1e-2, 40),search(1e-9, 10)
-    assert much.spare.share>0.5 and torch.equal(none.spare.share, torch.tensor(LEAST))
+    assert much.spare.gap>0.75 and shares(none.spare.gap)[0]==LEAST
     start = much.policies.space.values(much.start)[much.spare.is_p].double()
-    for hba in (much,none): assert torch.allclose(probabilities(hba)[-1], start*hba.spare.share, rtol=1e-4)
+    for hba in (much,none): assert torch.allclose(probabilities(hba)[-1], start*shares(hba.spare.gap)[0], rtol=1e-4)
 
-def test_what_the_search_adds_acts_in_full():
+@pytest.mark.parametrize('gap', [0.,0.1,0.4,0.8])
+def test_of_what_the_search_adds_more_acts(gap):
     class Move(Callback):
         "λ of one copy up, of the other down"
         def after_train(self): self.hba.lam.value = self.hba.start + torch.tensor([1.]*15+[-1.]*15+[0.]*(len(self.hba.start)-30))
-    learn,hba = small_learner(),HBACallback(seed=0, sparing=True, hlr=1e-9)
+    class Fixed(HBACallback):
+        name = 'hba'
+        def after_epoch(self):
+            self.spare.gap = torch.tensor(gap)
+            super().after_epoch()
+    learn,hba = small_learner(),Fixed(seed=0, sparing=True, hlr=1e-9)
     learn.fit(2, cbs=[hba,Move()])
     values = lambda lam: hba.policies.space.values(lam)[hba.spare.is_p].double()
-    p0,p,share = values(hba.start),values(hba.lam.value),hba.spare.share
-    assert share<0.5 and (p[:15]>p0[:15]).all() and (p[15:]<p0[15:]).all()
-    assert torch.allclose(probabilities(hba)[-1], torch.where(p>p0, p-p0+share*p0, share*p), rtol=1e-4)
+    p0,p = values(hba.start),values(hba.lam.value)
+    first,more = max(2*gap-1, 0.05),min(3*gap, 1)
+    assert (p[:15]>p0[:15]).all() and (p[15:]<p0[15:]).all()
+    acted = torch.where(p>p0, first*p0+more*(p-p0), first*p)
+    assert torch.allclose(probabilities(hba)[-1], acted, rtol=1e-4)
+    shown = learn.recorder.values[-1][learn.recorder.metric_names[1:].index('mean_p')] # before the gap is set
+    df = hba.report()
+    assert torch.allclose(torch.tensor(df.p_0[OP_NAMES[0]], dtype=torch.float64), acted[0], rtol=1e-4) and 0<shown<1
 
 def test_without_it_all_probabilities_are_those_of_lambda():
     "And nothing is compared"
@@ -76,12 +88,12 @@ def test_images_that_nothing_was_done_to_are_compared_in_eval_mode():
 
 def test_a_smoothed_loss_has_no_floor():
     "Label smoothing of 0.3 leaves a perfect network a loss above 0.9, and images of the hyper-steps one that is less than twice that"
-    share = {}
+    gap = {}
     for loss in (None,LabelSmoothingCrossEntropy(0.3)):
         learn,hba = small_learner(n_train=60, loss_func=loss),HBACallback(seed=0, sparing=True, hlr=1e-9)
         learn.fit(40, 1e-2, cbs=hba)
-        share[loss] = hba.spare.share.item()
-    assert min(share.values())>2*LEAST
+        gap[loss] = hba.spare.gap.item()
+    assert min(gap.values())>0.55
 
 class Watch(Callback):
     order = 16
@@ -100,15 +112,15 @@ def test_every_flow(fit):
     cbs = [hba,Watch(),*([GradientAccumulation(40)] if fit=='accumulate' else [])]
     if fit=='fine_tune': learn.fine_tune(3, 1e-2, cbs=cbs)
     else: learn.fit_one_cycle(4, 1e-2, cbs=cbs)
-    assert hba.spare.n>=6 and hba.spare.losses.isfinite().all() and LEAST<=hba.spare.share<=1 and hba.spare.kept is None
-    assert list(learn.model.state_dict())==keys and 'share' not in learn.metrics.attrgot('name')
-    assert 'share' in learn.recorder.metric_names and len(hba.spare.noted)==len(hba.points)
+    assert hba.spare.n>=6 and hba.spare.losses.isfinite().all() and 0<=hba.spare.gap<=1 and hba.spare.kept is None
+    assert list(learn.model.state_dict())==keys and 'gap' not in learn.metrics.attrgot('name')
+    assert 'gap' in learn.recorder.metric_names and len(hba.spare.noted)==len(hba.points)
 
-def test_with_a_target_the_share_is_kept_once_its_images_join_training():
+def test_with_a_target_the_gap_is_kept_once_its_images_join_training():
     dls,shares = digits_dls(40, 200, bs=20, size=12),[]
     class Look(Callback):
         def after_batch(self):
-            if self.training: shares.append((self.hba.is_late(),self.hba.spare.share.item()))
+            if self.training: shares.append((self.hba.is_late(),self.hba.spare.gap.item()))
     small_learner(dls=dls, model=by_heart()).fit(40, 1e-2, cbs=[HBACallback(seed=0, sparing=True, target=dls.valid),Look()])
     assert len({s for late,s in shares if late})==1 and len({s for late,s in shares if not late})>1
 
@@ -121,14 +133,14 @@ def test_what_it_cannot_do_is_refused(kw, error, match):
 def test_losses_that_are_not_finite_change_nothing():
     spare = sparing()
     spare.learn(torch.tensor([float('nan'),1.]))
-    assert spare.share==torch.tensor(LEAST)
+    assert spare.gap==0
     for own in (0.1,float('inf'),0.1): spare.learn(torch.tensor([own,1.]))
-    assert torch.isclose(spare.share, torch.tensor(0.8))
+    assert torch.isclose(spare.gap, torch.tensor(0.9))
 
 @pytest.mark.parametrize('loss', [-1.,float('nan')])
 def test_what_cannot_be_compared_is_said(loss):
     spare = sparing()
     spare.note(0.)
     spare.learn(torch.tensor([loss,1.]))
-    with pytest.warns(UserWarning, match='could not yet, so 5% of the first probabilities act'): spare.note(1.)
-    assert spare.share==torch.tensor(LEAST)
+    with pytest.warns(UserWarning, match='could not yet, so 5% of the start policy acts'): spare.note(1.)
+    assert spare.gap==0
