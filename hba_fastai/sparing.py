@@ -1,4 +1,4 @@
-"""How much augmentation a training calls for (`HBACallback(sparing=True)`): as much as it learns its own images better than those of the hyper-steps
+"""How much augmentation a training calls for (`HBACallback(sparing=True)`): as much as the network learns training images better than those of the hyper-steps
 
 Docs: https://hba-fastai.github.io/hba-fastai/sparing.html.md"""
 
@@ -72,8 +72,8 @@ def column(self:Sparing) -> dict: return {'gap': lambda: self.gap.item()} if sel
 def in_words(self:Sparing) -> str:
     if self.losses is None or self.losses.isnan().any(): return "The losses that sparing=True compares could not be compared."
     (first,more),(own,other) = shares(self.gap),self.losses
-    return (f"Of the probabilities that the search began with {first:.0%} act, and {more:.0%} of what it added, because in the mean over late batches "
-            f"the loss that is compared was {own:.3g} on training images and {other:.3g} on those of the hyper-steps.")
+    return (f"Of the probabilities that the search began with {first:.0%} act, and {more:.0%} of what it added: the loss that is compared, a running mean, "
+            f"is {own:.3g} on training images and {other:.3g} on those of the hyper-steps.")
 
 @patch
 def note(self:Sparing, at:float): # Epochs of the course

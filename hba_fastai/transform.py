@@ -71,9 +71,9 @@ def check(self:PolicyTransform, x):
 
 # %% ../nbs/06c_transform.ipynb #e9d67434
 def peek(dls, **kwargs):
-    "A batch of two training items through the user's transforms, without touching the random state"
-    state = get_random_states()
-    try: return to_device(inner_dl(dls.train).new(bs=2, shuffle=False, drop_last=False, num_workers=0, **kwargs).one_batch(), dls.device)
+    "A batch of two training items (of one, where all batches are) through the user's transforms, without touching the random state"
+    state,train = get_random_states(),inner_dl(dls.train)
+    try: return to_device(train.new(bs=min(train.bs or 2, 2), shuffle=False, drop_last=False, num_workers=0, **kwargs).one_batch(), dls.device)
     finally: set_random_states(**state)
 
 def seen_data(dls) -> tuple: # (`Data`, two training items as a batch)

@@ -22,6 +22,12 @@ def test_the_fit_is_as_planned(kw):
     assert len(hba.lam.series)==p['hyper_steps'] and hba.rate==p['hlr']
     assert hba.schedule.provenance['why']==p['responds']
 
+def test_what_a_plan_needs_and_says(capsys):
+    learn = small_learner()
+    with pytest.raises(TypeError, match='plan was given a DataLoaders'): HBACallback().plan(learn.dls, 3)
+    HBACallback(sparing=True).plan(learn, 3)
+    assert 'Acts:        as far as the loss' in capsys.readouterr().out
+
 def test_with_a_target_and_fine_tune(capsys):
     learn = small_learner()
     hba = HBACallback(target=learn.dls.valid, seed=0)

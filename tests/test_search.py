@@ -3,7 +3,10 @@ import subprocess,sys
 import pytest, torch
 from fastai.callback.core import Callback,CancelFitException
 from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper,SGD
+from fastai.torch_core import TensorCategory,TensorImage
 from fastai.vision.augment import Normalize,aug_transforms
 from torch import nn
 from conftest import small_learner,small_net
@@ -192,6 +195,14 @@ def test_policy_acts_between_scaling_and_normalisation_on_training_batches_only(
             if self.training: seen['fill'] = self.learn.hba.bound.parts[0].fill
     learn.fit(1, cbs=[HBACallback(), See()])
     assert seen[True]==[9,10,30,40,99] and seen[False]==[10,30,40,99] and torch.allclose(seen['fill'], torch.full((3,), 0.3))
+
+def test_images_of_different_sizes_in_batches_of_one():
+    items = [(TensorImage(torch.rand(3, 8+i%3, 8+i%4)),TensorCategory(i%2)) for i in range(24)]
+    dls = DataLoaders.from_dsets(items[:16], items[16:], bs=1, num_workers=0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    learn,hba = Learner(dls, net, loss_func=CrossEntropyLossFlat()),HBACallback()
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=hba)
+    assert len(hba.lam.series)==3
 
 def test_a_course_without_a_hyper_step_is_said_beforehand():
     with pytest.warns(UserWarning, match='1 epochs of 2 optimizer steps have no hyper-step'): small_learner(n_train=40).fit(1, cbs=HBACallback())
