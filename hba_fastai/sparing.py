@@ -29,7 +29,7 @@ def compared(loss_func, pred, *targ) -> Tensor: # Loss function of the Learner, 
 # %% ../nbs/06f1a_sparing.ipynb #5a410009
 LEAST = 0.05 # smallest share of the start policy
 
-def shares(gap): # 1 - L/L'; a tensor
+def shares(gap:Tensor) -> tuple: # 1 - L/L'
     "The shares of the probabilities that a search begins with, and of what it adds to them, that act"
     return (2*gap-1).clamp(LEAST, 1),(3*gap).clamp(0, 1)
 
