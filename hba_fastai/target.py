@@ -223,7 +223,8 @@ def _first_batch(stream):
     try: return stream.peek()
     except Exception as e:
         why = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
-        raise ValueError(f"{upper_first(stream.what)} cannot give its first batch ({why}): give one that can be iterated") from e
+        fix = "make images of one size, `item_tfms=Resize(...)` in `dls`" if 'not the same size' in why else "give one that can be iterated"
+        raise ValueError(f"{upper_first(stream.what)} cannot give its first batch ({why}): {fix}") from e
 
 # %% ../nbs/06b_target.ipynb #08cc19bd
 @contextmanager

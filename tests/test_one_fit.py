@@ -236,6 +236,13 @@ def test_more_than_8_bits_are_refused(folders):
     Image.fromarray(np.full((16,16), 40000, np.uint16)).save(folders/'deep'/'digit1'/'a.png')
     with pytest.raises(ValueError, match='more than 8 bits per colour'): small_learner(dls=dls).fit(1, cbs=HBACallback(target=folders/'deep'))
 
+@pytest.mark.filterwarnings('ignore:.*has no image of 9 of 10 classes')
+def test_target_images_of_different_sizes(folders):
+    (folders/'sizes'/'digit0').mkdir(parents=True, exist_ok=True)
+    for n in (16,18): PILImage.create(torch.randint(255, (n,n,3), dtype=torch.uint8).numpy()).save(folders/'sizes'/'digit0'/f'{n}.png')
+    dls = ImageDataLoaders.from_folder(folders/'train', valid_pct=0.3, seed=1, bs=8, num_workers=0)
+    with pytest.raises(ValueError, match='make images of one size, `item_tfms=Resize'): small_learner(dls=dls).fit(1, cbs=HBACallback(target=folders/'sizes'))
+
 @pytest.mark.parametrize('event', ['before_batch','after_batch','after_epoch'])
 def test_stopped_while_target_images_train(event):
     "Ctrl-C: loaders, callbacks and model are as they were, and the same object goes on"
