@@ -221,7 +221,7 @@ def table():
     seeds = lambda rs: sorted({r['seed'] for r in rs})
     return '\n'.join([f'Searches on digits, 30 or 100 target images, counted up to 60% of 900 steps; seeds {seeds(now)}; named from z = {NAMED:g} on:', '',
         *naming_table(now), '',
-        f'With `sparing=True`; seeds {seeds(sparing)}:', '', *naming_table(sparing), '',
+        *([f'With `sparing=True`; seeds {seeds(sparing)}:', '', *naming_table(sparing), ''] if sparing else []),
         f'With a hyper-step every 2 training steps and one move of λ in each; seeds {seeds(rs)}:', '', *naming_table(rs), '',
         f'What led there: a threshold of {FIRST:g}, chosen on seeds {CHOICE},', '', *naming_table(of(lambda r: r['seed'] in CHOICE), least=FIRST), '',
         'and tested on the others:', '', *naming_table(of(lambda r: r['seed'] not in CHOICE), least=FIRST), '',
