@@ -129,10 +129,13 @@ def warn_of_rates(learn, layers:list): # [(name, layer)]
 def warn_of_course(hba):
     "Warn where a course is too short for a hyper-step, and where a fit goes on behind the one that was planned"
     clock,total,n = hba.clock,hba.course.total,steps_per_epoch(hba.learn)
-    if not hba.points and not n_hyper_steps(hba, round(total*n)): warnings.warn(f"{total:g} epochs of {n:g} optimizer steps have no hyper-step, "
-        "so the schedule will be the policy that the search starts from: train longer, or with smaller batches")
-    now = "is frozen since, so nothing is searched, and target images are a part of each batch" if clock.until<float('inf') else "moves at once"
-    if total>clock.total: warnings.warn(f"The search goes on from the last fit: λ {now}. Call `forget()` of the callback to begin a new search")
+    if not hba.points and not n_hyper_steps(hba, round(total*n)):
+        warnings.warn(f"The training is too short for a hyper-step ({total:g} × {n:g} optimizer steps), so the schedule will be the policy "
+            "that the search starts from: train longer, or with smaller batches")
+    if total<=clock.total: return
+    if hba.is_late(): now = "is frozen since, so nothing is searched, and target images are a part of each batch"
+    else: now = "moves at once" if hba.course.done>=clock.wait else f"moves from epoch {clock.wait:.3g} of {total:.3g} on"
+    warnings.warn(f"The search goes on from the last fit: λ {now}. Call `forget()` of the callback to begin a new search")
 
 def advise(hba, layers:list):
     "Say once what makes this search misleading or slow"

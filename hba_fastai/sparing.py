@@ -78,8 +78,8 @@ def in_words(self:Sparing) -> str:
 @patch
 def note(self:Sparing, at:float): # Epochs of the course
     "Remember the gap of now; an epoch ends. Warn where losses could not be compared yet"
-    if self.n and self.losses.isnan().any(): warnings.warn(f"sparing=True compares losses and could not yet, so {LEAST:.0%} of the start policy acts: "
-        "operations meet every training image, or the loss is negative or not finite; leave it out")
+    if self.n and self.losses.isnan().any(): warnings.warn(f"sparing=True compares losses and could not yet, so {LEAST:.0%} of the start policy acts, "
+        "and nothing of what the search adds: operations meet every training image, or the loss is negative or not finite; leave it out")
     self.noted[at],self.kept = self.gap.item(),None
 
 @patch

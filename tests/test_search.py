@@ -205,7 +205,7 @@ def test_images_of_different_sizes_in_batches_of_one():
     assert len(hba.lam.series)==3
 
 def test_a_course_without_a_hyper_step_is_said_beforehand():
-    with pytest.warns(UserWarning, match='1 epochs of 2 optimizer steps have no hyper-step'): small_learner(n_train=40).fit(1, cbs=HBACallback())
+    with pytest.warns(UserWarning, match=r'too short for a hyper-step \(1 × 2 optimizer steps\)'): small_learner(n_train=40).fit(1, cbs=HBACallback())
 
 @pytest.mark.parametrize('kw,says', [({}, 'λ moves at once'), (dict(target=True), 'λ is frozen since, so nothing is searched')])
 def test_a_fit_behind_the_course_says_so(kw, says):
@@ -217,6 +217,18 @@ def test_a_fit_behind_the_course_says_so(kw, says):
     hba.forget()
     learn.fit(1, cbs=hba)
     assert hba.schedule.progress.tolist()[-1]==1 and len(hba.points)==2
+
+@pytest.mark.parametrize('epoch,target,says', [(0,False,'λ moves from epoch 1.2 of 5'), (2,False,'λ moves at once'), (0,True,'λ moves from epoch 1.2 of 5'),
+                                               (3,True,'λ is frozen since')])
+def test_a_fit_behind_one_that_was_stopped_says_where_it_stands(epoch, target, says):
+    class Stop(Callback):
+        order = 70
+        def after_epoch(self):
+            if self.epoch==epoch: raise KeyboardInterrupt
+    learn = small_learner()
+    hba = HBACallback(target=learn.dls.valid if target else None)
+    with pytest.raises(KeyboardInterrupt): learn.fit(4, cbs=[hba,Stop()])
+    with pytest.warns(UserWarning, match=f'goes on from the last fit: {says}'): learn.fit(4, cbs=hba)
 
 def test_object_goes_on_over_two_fits():
     learn,hba = small_learner(),HBACallback()
