@@ -29,7 +29,7 @@ def signal(
     return {o: (-total[i].sum()/noise(i)).item() for o,i in counts.items()}
 
 # %% ../nbs/06f_evidence.ipynb #ad09fdde
-LEAST_SPREAD,NAMED = 2.,3. # from the nulls of benchmarks/evidence.py: none of 42 is named
+LEAST_SPREAD,NAMED = 2.,3. # from the nulls of benchmarks/evidence.py: of 42 searches at most one names any
 
 def crowd(signals:dict) -> tuple: # `{operation: signal}` -> (middle, spread)
     "The middle of all operations of a search, and their robust spread, which is taken to be 2 at least"

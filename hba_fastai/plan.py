@@ -68,8 +68,8 @@ def _lines(hba, p:dict) -> list:
     "The plan `p`, a line for each question"
     extra = 'not measured for several layers' if p['surcharge'] is None else f"about {p['surcharge']:.0%} more time than the same fit without a search"
     inactive = [f"Cannot act:  {first_few(p['inactive'], 15)}, on these images"] if p['inactive'] else []
-    seldom = ["Of 24 searches on digits, with 30 or 100 images and a known operation to find, 7 named it; where there was none, 1 of 42 named some "
-              "(benchmarks/results/evidence.md)"]
+    seldom = [f"Of 24 searches on digits{' with sparing=True' if hba.sparing else ''}, with 30 or 100 images and a known operation to find, "
+              f"{4 if hba.sparing else 7} named it; where there was none, 1 of 42 named some (benchmarks/results/evidence.md)"]
     sure = hindrances(dict(target_classes=p['classes']), True, p['hyper_steps']) or seldom
     steps = f"{p['hyper_steps']} hyper-step{'s'[:p['hyper_steps']!=1]}"
     sparing = ["Acts:        as far as the loss on images of the hyper-steps exceeds that on training images"] if hba.sparing else []
