@@ -141,12 +141,12 @@ class HPM(PBT):
         settings = dict(share=share, mutation=mutation, hyper_training=hyper_training, m=m, form=form, lr=lr, of=of, bound=bound)
         given = dict(mutation=mutation, moves_between=hyper_training, of=of, bound=bound, sigma=sigma, warmup=warmup)
         hba = HBACallback(**{k: v for k,v in {**kwargs, **given}.items() if k in HBA}) # which checks them
-        self.moves = warmup,1. if hba.target is None else hba.until # shares of the course between which λ moves
+        self.moves = warmup,math.inf if hba.target is None else hba.until-1e-9 # shares of the course between which λ moves
         self.set_up(make_learner, n, every, judge, Student, given, settings, **kwargs)
         self.sigma = sigma
         self.new_lessons = lambda: Lessons(Teacher(len(self.policies.space), m, form, seed=self.seed), lr) if mutation=='teacher' else None
 
-    def lam_moves(self, until): return self.moves[0]<=until/self.n_epoch<=self.moves[1]
+    def lam_moves(self, until): return self.moves[0]<=until/self.n_epoch<self.moves[1]
 
     def donors(self, losses, until):
         "Exploit: truncation selection, where λ moves"

@@ -159,6 +159,8 @@ class PlainMember(PolicyCallback):
         self.seed,seed = None,self.seed # a checkpoint has its own
         parts = [(p.name,list(p.space.of.items())) for p in self.policies.parts]
         self.settings = dict(spaces=parts, **resuming.described_fit(self.learn), **resuming.described_data(self.dls))
+        made = {k: self.settings[k] for k in ('model','train_items','batch_size','augmentation')}
+        self.provenance = {**resuming.versions(), **made, 'classes': len(self.settings['classes'])}
         resuming.claim(self)
         self.saved = resuming.read(self)
         self.role.goes_on(self.saved)
@@ -210,7 +212,7 @@ class Member:
         judge:int|None=None, spread:float=0. # See `Role`
     ):
         store_attr()
-        self.learn,self.last = None,None # (epoch, report, told) of its file, where this object knows it
+        self.device,self.learn,self.last = None,None,None # (epoch, report, told) of its file, where this object knows it
 
     def key(self, *words) -> str: return ' '.join(map(str, ('population',self.seed,'member',self.i,*words)))
     @property
@@ -228,7 +230,7 @@ class Member:
         "A new Learner"
         with own_draws(self.key('made')): learn = self.make_learner()
         if not isinstance(learn, Learner): raise TypeError(f"make_learner gives a {type(learn).__name__} and each member needs a new Learner: return one")
-        self.learn = learn
+        self.learn,self.device = learn,learn.dls.device # which it has also while the Learner is elsewhere
         return learn
 
     def where(self) -> tuple: # (epoch, report, told)
@@ -260,15 +262,16 @@ class Member:
 def clone(self:Member, d:dict, donor:int, epoch:int):
     "Its file is the checkpoint `d` of another member, or its own, with the λ to be changed when that is loaded"
     key,report = self.key('clone', epoch),self.where()[1] or d['report'] # on Ray its own may be elsewhere
-    if donor!=self.i: d = reseeded(d, key, self.learn.dls.device if self.learn else 'cpu')
+    if donor!=self.i: d = reseeded(d, key, self.device)
     own = dict(report=report, spent={k: report[k] for k in ('forward','backward')}) # what has been, whoever it is now
-    save_checkpoint(self.file, dict(d, **own, then=dict(donor=donor, key=key), lineage=[*d['lineage'],[epoch,self.i]]))
+    save_checkpoint(self.file, dict(d, **own, then=dict(donor=donor, key=key), lineage=[*(o for o in d['lineage'] if o[0]<epoch),[epoch,self.i]]))
 
 def schedule_of(d:dict, policies:Policies, sigma:float) -> Schedule: # `d`: a checkpoint
     "The schedule that a member and the donors before it had"
     s = d['search']
-    total,lineage,clock = s['course']['total'],dict(lineage=d['lineage']),Clock(1)
+    total,clock = s['course']['total'],Clock(1)
+    found = {k: v for k,v in d['provenance'].items() if k!='resumed'} # it goes on from its file in every step
     vars(clock).update(s['clock'])
     at,lams = zip(*clock.with_corners(list(zip(s['at'], s['lams'].cpu()))))
-    return Schedule([min(a/total, 1.) for a in at], policies.space.values(torch.stack(lams)), sigma, {**d['provenance'], **lineage, 'epochs': total},
+    return Schedule([min(a/total, 1.) for a in at], policies.space.values(torch.stack(lams)), sigma, {**found, 'lineage': d['lineage'], 'epochs': total},
                     policies.skip, s['inactive'], policies.limits, {p.name: p.space for p in policies.parts})

@@ -9,7 +9,7 @@ __all__ = ['Population', 'PBT']
 
 # %% ../nbs/07a3_population.ipynb #fff22ce2
 import inspect,random,shutil,tempfile,weakref
-from numbers import Real
+from numbers import Integral,Real
 from fastai.basics import *
 from .alike import check_alike
 from .checkpoint import *
@@ -26,15 +26,15 @@ def _check(make_learner, n, every, judge, processes):
     if isinstance(make_learner, Learner) or not callable(make_learner):
         raise TypeError(f"make_learner is a {type(make_learner).__name__} and each member needs a new Learner: give a function, such as "
             "`lambda: vision_learner(dls, resnet18)`")
-    if not (isinstance(n, int) and n>=2): raise ValueError(f"n={n!r} is the number of members: a population has 2 or more")
+    if not (isinstance(n, Integral) and n>=2): raise ValueError(f"n={n!r} is the number of members: a population has 2 or more")
     for name,v in dict(every=every, judge=1 if judge is None else judge, processes=processes).items():
-        if not (isinstance(v, int) and v>=1): raise ValueError(f"{name}={v!r} must be a whole number, 1 or more")
+        if not (isinstance(v, Integral) and v>=1): raise ValueError(f"{name}={v!r} must be a whole number, 1 or more")
 
 def _check_start(spread, seed, checkpoint, resume):
     if not (isinstance(spread, Real) and 0<=spread<math.inf): raise ValueError(f"spread={spread!r} is a standard deviation: it must be finite and 0 or more")
     if not isinstance(checkpoint, (str,os.PathLike,type(None))) or checkpoint=='':
         raise TypeError(f"checkpoint={checkpoint!r} names a folder: give a text or a path")
-    if not isinstance(seed, int): raise TypeError(f"seed={seed!r} is where all random numbers come from: give a whole number")
+    if not isinstance(seed, Integral): raise TypeError(f"seed={seed!r} is where all random numbers come from: give a whole number")
     if resume and not checkpoint: raise ValueError("resume=True needs the name of a folder and none is given: say `checkpoint='population'`")
 
 class Population:
@@ -69,6 +69,7 @@ class Population:
         _check_start(spread, seed, checkpoint, resume)
         try: inspect.signature(callback).bind_partial(**given, **kwargs)
         except TypeError as e: raise TypeError(f"{type(self).__name__} {e}: give what its documentation names") from None
+        n,every,judge,processes,seed = (o if o is None else int(o) for o in (n,every,judge,processes,seed)) # NumPy's are no numbers for a file
         policy,skip,limits = kwargs.pop('policy', None),kwargs.pop('skip', ()),kwargs.pop('limits', None)
         self.policies = searched_policies(policy, skip, limits)
         store_attr('make_learner,n,every,judge,spread,seed,processes,checkpoint,resume')
@@ -106,8 +107,9 @@ class PBT(Population):
         self.share = share
 
     def donors(self, losses, until):
-        "Exploit: truncation selection"
-        order,k = sorted(range(self.n), key=lambda i: losses[i]),max(round(self.share*self.n), 1) if self.share else 0
+        "Exploit: truncation selection; at most half are replaced, and none that has diverged is copied"
+        order,finite = sorted(range(self.n), key=lambda i: losses[i]),sum(l<math.inf for l in losses)
+        k = min(max(round(self.share*self.n), 1), self.n//2, finite) if self.share else 0
         choose = random.Random(f'{self.seed} selection {until}').choice
         return [choose(order[:k]) if i in order[self.n-k:] else None for i in range(self.n)]
 

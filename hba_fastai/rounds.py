@@ -19,7 +19,7 @@ def frame(pop) -> pd.DataFrame:
     rows,before = [],0
     for r in pop.rounds:
         for i,report in enumerate(r['reports']):
-            c = dict(report['change'] or {}) # the last one
+            c = dict(report.get('change') or {}) # the last one
             if c.pop('epoch', None)!=before: c = {}
             if c: c['realised'] = r['losses'][i]-r['losses'][c['donor']]
             rows.append(dict(epoch=r['until'], member=i, **{k: v for k,v in report.items() if k!='change'}, **c))

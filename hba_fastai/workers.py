@@ -38,7 +38,7 @@ def _start(member:Member, until:int, lessons, at_once:int, folder):
 # %% ../nbs/07a2_workers.ipynb #a2d4549c
 TRIES = 3 # how often a process that was killed is started for one step
 
-def _last_line(log:Path) -> str: return next((l.strip() for l in reversed(log.read_text().splitlines()) if l.strip()), 'no message')
+def _last_line(log:Path) -> str: return next((l.strip() for l in reversed(log.read_text(errors='replace').splitlines()) if l.strip()), 'no message')
 
 def in_processes(
     members:list, until:int, lessons,

@@ -147,7 +147,7 @@ def test_stopped_the_same_object_goes_on_and_trained_it_is_not_trained_again(kin
     for epochs in (3,4):
         with pytest.raises(ValueError, match='train its winner on, `pop.best.fit'): fit(pop, epochs)
 
-@pytest.mark.parametrize('where', ['training','copying'])
+@pytest.mark.parametrize('where', ['training',5,6]) # before that copy, of six in two rounds
 def test_killed_it_comes_to_the_same_end(where, tmp_path, monkeypatch):
     "By SIGKILL, in the middle of an epoch, and where some of the copies are made"
     whole = fit(population('algorithm 2', n=3))
@@ -158,7 +158,7 @@ def test_killed_it_comes_to_the_same_end(where, tmp_path, monkeypatch):
             count,plain = [],Member.clone
             def clone(self, *args):
                 count.append(0)
-                if where=='copying' and len(count)==5: kill()
+                if len(count)==where: kill()
                 plain(self, *args)
             monkeypatch.setattr(Member, 'clone', clone)
             fit(population('algorithm 2', lambda: learner(Cut(14, kill if where=='training' else int)), n=3, checkpoint=tmp_path/'pop'))
@@ -239,6 +239,30 @@ def test_several_processes_of_one_training_are_refused(monkeypatch):
 
 def test_the_share_that_is_replaced():
     with pytest.raises(ValueError, match='share=0.7 is the part of members that are replaced'): PBT(learner, share=0.7)
+
+@pytest.mark.parametrize('n', range(2, 12))
+def test_a_donor_stays_and_has_not_diverged(n):
+    "Also where half are replaced, of an odd number, and where most have diverged"
+    pop,g = PBT(learner, n, share=0.5),torch.Generator().manual_seed(n)
+    for until in range(50):
+        losses = [l if l<1.5 else float('inf') for l in torch.rand(n, generator=g).mul(2).tolist()]
+        losses[until%n] = 0.5
+        donors = pop.donors(losses, until)
+        assert all(losses[k]<float('inf') and donors[k] is None for k in donors if k is not None)
+        assert 1<=sum(k is not None for k in donors)<=n//2
+
+def test_what_a_schedule_says_of_its_origin():
+    "By what it was found, as that of a search; steps of a member are no interruptions"
+    for kind in ('pbt','hpm'):
+        found = fit(population(kind, n=np.int64(2)), 2).schedule.provenance
+        assert found['package'].startswith('hba-fastai ') and found['train_items']==60 and found['augmentation']==[] and 'resumed' not in found
+        assert found['model'] and found['classes']==10
+
+def test_copies_draw_on_the_device_of_their_learner():
+    "Also where the Learner itself is in another process, or was given up"
+    pop = population(n=2, processes=2)
+    pop.make_members(('fit',(1,),{}))
+    assert all(m.learn is None and m.device==DLS.device for m in pop.members)
 
 def test_members_of_different_architecture():
     sizes = iter((10,10,12,10))
