@@ -19,10 +19,12 @@ from .balance import hold_out
 # %% ../nbs/07b_folder.ipynb #692bfc11
 PARTS = 'train','valid','val','test'
 
+def _refuse_unreadable(e:OSError): raise CliError(f"{e.filename} cannot be read ({e.strerror}): give a folder whose folders you may all read")
+
 def image_files(path:Path) -> list:
-    "The image files under `path`, sorted, without hidden ones; a folder that a link leads to again counts once"
+    "The image files under `path`, sorted, without hidden ones; a folder or a file that a link leads to again counts once"
     files,seen = [],set()
-    for d,sub,names in os.walk(path, followlinks=True):
+    for d,sub,names in os.walk(path, followlinks=True, onerror=_refuse_unreadable):
         if (real := os.path.realpath(d)) in seen:
             sub.clear()
             continue
@@ -30,7 +32,9 @@ def image_files(path:Path) -> list:
         link = lambda o: os.path.islink(os.path.join(d, o))
         sub[:] = sorted((o for o in sub if o[0]!='.'), key=link) # the folder itself before links to it
         files += [Path(d)/f for f in names if f[0]!='.' and os.path.splitext(f)[1].lower() in image_extensions]
-    return sorted(files)
+    own = {}
+    for f in sorted(files, key=lambda f: (f.is_symlink(), f)): own.setdefault(os.path.realpath(f), f) # the file itself before links to it
+    return sorted(own.values())
 
 def part_of(path:Path, f:Path) -> str:
     "The folder of `PARTS` to which the image `f` belongs, if it lies in the folder of a class there"

@@ -194,6 +194,16 @@ def _spaces(fname, d:dict) -> dict:
     except (TypeError,ValueError,AttributeError):
         raise ScheduleError(f"{fname} has spaces that are not names with their ranges: give a file that `Schedule.save` wrote") from None
 
+def _provenance(fname, d:dict) -> dict:
+    "How a schedule was found, by its file; what pictures and replays read of it is of the kind that `save` writes"
+    p = d['provenance'] if isinstance(d.get('provenance'), dict) else {}
+    for k in ('warmup','until'):
+        if p.get(k) is not None: _numbers(f'`{k}` of the provenance', [p[k]])
+    names = p.get('augmentation') or []
+    if not (isinstance(names, list) and all(isinstance(o, str) for o in names)):
+        raise ScheduleError(f"{fname} has an `augmentation` in its provenance that is no list of names: fix the file, or save the schedule again")
+    return p
+
 # %% ../nbs/04_schedule.ipynb #2461fca7
 @patch(cls_method=True)
 def load(cls:Schedule,
@@ -211,9 +221,8 @@ def load(cls:Schedule,
     if {len(r) for r in rows}!={len(progress)}:
         raise ScheduleError(f"{fname} has {len(progress)} points of progress and another number of values: give one value per point")
     sigma, = _numbers('`sigma`', [d.get('sigma')])
-    provenance = d['provenance'] if isinstance(d.get('provenance'), dict) else {}
     more = {k: space.get(k) for k in ('skip','inactive','limits')} # what an older file lacks is None
-    schedule = cls(progress, torch.tensor(rows, dtype=torch.float64).T, sigma, provenance, **more, spaces=spaces)
+    schedule = cls(progress, torch.tensor(rows, dtype=torch.float64).T, sigma, _provenance(fname, d), **more, spaces=spaces)
     if policies is not None: schedule.check_policies(policies)
     return schedule
 

@@ -76,8 +76,10 @@ class Verdict:
         before = f'{error(AS_IT_IS)} -> ' if AS_IT_IS in self.wrong and best!=AS_IT_IS else ''
         low,high = (100*o for o in wilson(int(self.wrong[best].sum()), n))
         decided = other is None or self.p<0.05
-        line = f"{'Use' if decided else 'Not decided, but ahead is'} {best}: {before}{error(best)} on {n} images held out (95% {low:.0f}-{high:.0f})"
-        if other is None: return line
+        level = other is not None and self.wrong[best].sum()==self.wrong[other].sum()
+        head = 'Use' if decided else f'Not decided, {other} is level with' if level else 'Not decided, but ahead is'
+        line = f"{head} {best}: {before}{error(best)} on {n} images held out (95% {low:.0f}-{high:.0f})"
+        if other is None or level: return line
         chance = 'more than chance gives' if decided else f'within what {n} images can tell'
         return f"{line}; {other} {error(other)}: the difference is {chance} (p {f'= {self.p:.2g}' if self.p>=0.001 else '< 0.001'})"
 

@@ -186,8 +186,17 @@ def test_a_target_folder(pngs, tmp_path):
 def test_links_do_not_put_an_image_on_both_sides(pngs):
     (pngs/'loop').symlink_to(pngs)
     (pngs/'z').symlink_to(pngs/'a')
+    for f in (pngs/'b').iterdir(): (pngs/'a'/f'link{f.name}').symlink_to(f)
     train,valid,_ = split_folder(pngs, 0)
-    assert len(train+valid)==len({f.name for f in train+valid})==40
+    assert len(train+valid)==len({f.name for f in train+valid})==40 and not any(f.is_symlink() for f in train+valid)
+
+def test_a_folder_that_may_not_be_read_is_named(pngs, monkeypatch):
+    plain = os.scandir
+    def scandir(path):
+        if Path(path).name=='b': raise PermissionError(13, 'Permission denied', str(path))
+        return plain(path)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    with pytest.raises(CliError, match=r'/b cannot be read \(Permission denied\)'): split_folder(pngs, 0)
 
 def test_choices_reach_the_callback(monkeypatch, tmp_path):
     got = {}

@@ -1,10 +1,12 @@
 "`hba_show` as people start it: a table of 80 columns, a page that needs nothing else, strangers' files, refusals in one sentence"
 from html.parser import HTMLParser
+from pathlib import Path
 import pytest
 from fastcore.script import CliError
 from hba_fastai.cli import hba_show
 from hba_fastai.schedule import Schedule
-from hba_fastai.space import PBASpace,Space
+from hba_fastai.space import TABLE7,PBASpace,Space
+from conftest import write_images
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 EVIL = '<script>alert(1)</script><img src=x onerror=alert(1)>'
@@ -27,6 +29,17 @@ def test_a_table_in_the_terminal(tmp_path, capsys):
     hba_show(saved(tmp_path))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines))<=80 and sum(l.startswith('Rotate ') for l in lines)==1 and 'NaN' not in ''.join(lines)
+
+def test_a_table_of_what_there_is(tmp_path, capsys):
+    "Without probabilities; without any operation"
+    hba_show(saved(tmp_path, {'Noise': Space(noise=(0,0.2))}))
+    row, = [l for l in capsys.readouterr().out.splitlines() if l.startswith('noise')]
+    assert 'nan' not in row and 'None' not in row and '-' in row.split()
+    space = PBASpace()
+    s = Schedule([0.,1.], space.values(space.start())[None].repeat(2, 1), skip=[*TABLE7])
+    hba_show(str(s.save(tmp_path/'none.json')), html=str(tmp_path/'p.html'))
+    out = capsys.readouterr().out
+    assert len(s.skip)==15 and 'Not applied: ' in out and 'Empty' not in out and max(map(len, out.split('\nPage')[0].splitlines()))<=80
 
 def test_a_page_of_a_strangers_file(tmp_path):
     "What a file says is text, and nothing is fetched"
@@ -56,8 +69,13 @@ def test_of_another_policy(tmp_path, pngs, capsys):
 def test_refused(tmp_path, pngs):
     f = saved(tmp_path)
     (tmp_path/'odd.json').write_text('{}')
+    write_images(tmp_path/'few', 4)
+    (tmp_path/'few'/'a'/'cut.png').write_bytes(b'')
+    before = Path(f).read_bytes()
     for a,kw,match in (('nowhere.json', {}, 'cannot be read'), (str(tmp_path), {}, 'cannot be read'), (f'{tmp_path}/odd.json', {}, 'format'),
                        (f, dict(images=str(pngs)), 'add --html'), (f, dict(html=str(tmp_path)), 'is a folder'),
-                       (f, dict(html=f'{tmp_path}/p.html', images='nowhere'), 'is no folder')):
+                       (f, dict(html=f'{tmp_path}/p.html', images='nowhere'), 'is no folder'),
+                       (f, dict(html=f'{tmp_path}/p.html', images=f'{tmp_path}/few'), r'cut\.png'), (f, dict(html=f), 'would replace it')):
         with pytest.raises(CliError, match=match) as e: hba_show(a, **kw)
         assert len(str(e.value).splitlines())==1
+    assert Path(f).read_bytes()==before

@@ -121,6 +121,10 @@ def test_equal_are_schedules_that_are_replayed_alike(change):
     s.table[2,7] += 1e-9
     assert s!=calm() and Schedule([0,0.2,0.6,1], calm().table)!=Schedule([0,0.2,0.5,1], calm().table)
 
+@pytest.mark.parametrize('k,v', [('warmup','0.3'), ('until',[0.6]), ('augmentation',5), ('augmentation',[1])])
+def test_what_pictures_and_replays_read_of_a_provenance(k, v, tmp_path):
+    with pytest.raises(ScheduleError, match=f'`{k}`'): Schedule.load(calm(provenance={k: v}).save(tmp_path/'s.json'))
+
 def test_provenance_is_what_the_file_gives_back(tmp_path):
     s = calm(provenance=dict(layers=('1','4'), hlr=np.float32(0.5), n=np.int64(3), path=tmp_path))
     assert s.provenance==dict(layers=['1','4'], hlr=0.5, n=3, path=str(tmp_path))==Schedule.load(s.save(tmp_path/'s.json')).provenance

@@ -1,7 +1,7 @@
 "`hba_train` as people start it: a model on disk, refusals in one sentence before anything trains, Ctrl-C"
-import zipfile
+import shutil,zipfile
 import pytest
-from fastai.learner import load_learner
+from fastai.learner import Learner,load_learner
 from fastcore.script import CliError
 from hba_fastai import train
 from hba_fastai.cli import hba_train
@@ -28,9 +28,11 @@ def test_a_model_that_predicts(tmp_path, pngs, schedule, capsys):
 
 def test_refused(tmp_path, pngs, schedule):
     (tmp_path/'odd.json').write_text('{}')
+    named = shutil.copy(schedule, tmp_path/'schedule')
     for kw,match in ((dict(path='nowhere'), 'is no folder'), (dict(schedule='nowhere'), 'no.* schedule'), (dict(schedule=f'{tmp_path}/odd.json'), 'format'),
                      (dict(epochs=0), '1 or more'), (dict(target='nowhere'), "does not exist"), (dict(out=str(tmp_path)), 'is a folder'),
-                     (dict(arch='resnet17x'), 'resnet17x')):
+                     (dict(arch='resnet17x'), 'resnet17x'), (dict(out=schedule+'x/../s.json'), 'name of a schedule'), (dict(out=f'{tmp_path}/S.JSON'), 'name of a schedule'),
+                     (dict(schedule=named, out=named), 'is the schedule')):
         with pytest.raises(CliError, match=match) as e: hba_train(**{**dict(path=str(pngs), schedule=schedule, out=f'{tmp_path}/m.pkl'), **SMALL, **kw})
         assert len(str(e.value).splitlines())==1
     assert not (tmp_path/'m.pkl').exists()
@@ -38,5 +40,11 @@ def test_refused(tmp_path, pngs, schedule):
 def test_ctrl_c(tmp_path, pngs, schedule, monkeypatch):
     def stop(self): raise KeyboardInterrupt
     monkeypatch.setattr(train.ScheduleCallback, 'before_epoch', stop, raising=False)
-    with pytest.raises(KeyboardInterrupt, match='no model was written'): hba_train(str(pngs), schedule=schedule, out=f'{tmp_path}/m.pkl', **SMALL)
-    assert not (tmp_path/'m.pkl').exists()
+    (tmp_path/'m.pkl').write_bytes(b'old')
+    def go(): hba_train(str(pngs), schedule=schedule, out=f'{tmp_path}/m.pkl', **SMALL)
+    with pytest.raises(KeyboardInterrupt, match='no model was written'): go()
+    monkeypatch.undo()
+    def half(self, f): f.write_bytes(b'half'); raise KeyboardInterrupt
+    monkeypatch.setattr(Learner, 'export', half)
+    with pytest.raises(KeyboardInterrupt, match='no model was written'): go()
+    assert (tmp_path/'m.pkl').read_bytes()==b'old' and sorted(f.name for f in tmp_path.iterdir())==sorted([pngs.name,'m.pkl','s.json'])

@@ -151,7 +151,9 @@ def test_a_verdict_in_words():
     assert Verdict({AS_IT_IS: up_to(40), 'a': up_to(30), 'b': up_to(5)}).words().endswith("a 60%: the difference is more than chance gives (p < 0.001)")
     close = Verdict({AS_IT_IS: up_to(5), 'a': up_to(6)}).words()
     assert close.startswith("Not decided, but ahead is the network as it is: 10% on 50 images held out (95% 4-21); a 12%")
-    assert Verdict({AS_IT_IS: up_to(5), 'a': up_to(3), 'b': up_to(3)}).use=='a', "of equal ones the first is the simpler"
+    level = Verdict({AS_IT_IS: up_to(5), 'a': up_to(3), 'b': up_to(3)})
+    assert level.use=='a', "of equal ones the first is the simpler"
+    assert level.words()=="Not decided, b is level with a: 10% -> 6% on 50 images held out (95% 2-16)"
     assert v.table.columns.tolist()=='arm errors n error low high'.split()
     assert v.table.iloc[3].tolist()==['HBA',11,50,22.,*(pytest.approx(100*o) for o in wilson(11, 50))]
     assert v.words() in repr(v) and 'fine-tuning' in repr(v)
