@@ -42,7 +42,11 @@ class Clock:
         self.wait,self.total = wait*total,total
         if until is not None: self.until = until*total
 
-    def stepped(self): self.count += not self.cancelled
+    def stepped(self) -> bool:
+        "Was it a real step? Then it counts"
+        self.count += not self.cancelled
+        return not self.cancelled
+
     def due(self, epochs:float) -> bool: # Epochs of the course that are done
         "Were `T_train` steps made since the last hyper-step, while λ may move?"
         if self.count<self.T_train: return False
@@ -53,6 +57,11 @@ class Clock:
     def n_steps(self, per_epoch:float, total:float) -> float: # Optimizer steps of an epoch, epochs of the course
         "How often hyper-steps will be due"
         return per_epoch*(min(self.until, total)-self.wait)/self.T_train
+
+    def shares(self, total:float) -> dict: # Epochs of the course
+        "When λ begins and stops to move, as shares of the course"
+        at = {'warmup': self.wait, 'until': self.until}
+        return {k: round(v/total, 9) for k,v in at.items() if v is not None and v<float('inf')}
 
     def rate(self, hba, learn, total:float) -> float:
         "α' of a course of `total` epochs: the user's, or what goes with the moves of λ that it will have"

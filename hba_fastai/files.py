@@ -8,7 +8,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/files.html.md"""
 __all__ = ['write_whole', 'refuse_unwritable']
 
 # %% ../nbs/00b_files.ipynb #049e97a0
-import glob,os,platform,tempfile
+import glob,os,platform,shutil,tempfile
+from contextlib import suppress
 from pathlib import Path
 
 # %% ../nbs/00b_files.ipynb #da867ff7
@@ -41,9 +42,11 @@ def write_whole(fname, data:bytes) -> Path: # `fname`
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        if target.exists(): shutil.copymode(target, tmp)
         os.replace(tmp, target)
     except OSError as e: raise OSError(e.errno, f'{e.strerror}: {fname} was not written, and what lay there before is as it was') from None
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): tmp.unlink() # it may have a name that is too long
     return Path(fname)
 
 # %% ../nbs/00b_files.ipynb #ea6abfa3

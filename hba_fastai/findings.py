@@ -10,6 +10,7 @@ __all__ = ['by_operation', 'one_pass', 'image_losses', 'losses_by_image', 'table
 
 # %% ../nbs/06f2_findings.ipynb #356e70fe
 import warnings
+from contextlib import ExitStack
 import pandas as pd
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def by_operation(hba) -> pd.DataFrame:
     for why in hindrances(hba.provenance, moved, len(hba.lam.series)): print(f'{why}.')
     if not too_few(len(hba.lam.series)): print(in_words(df))
     if hba.sparing: print(hba.spare.in_words())
-    if hba.clock.until < hba.points[-1][0]: print(f"Whatever was found, target images took {hba.mix:.0%} of each batch after {hba.until:.0%}.")
+    late = hba.schedule.provenance['until'] # of the whole course
+    if hba.clock.until < hba.points[-1][0]: print(f"Whatever was found, target images took {hba.mix:.0%} of each batch after {late:.0%}.")
     return df
 
 # %% ../nbs/06f2_findings.ipynb #f7d0ca5c
@@ -60,8 +62,12 @@ def losses_by_image(hba, learn) -> tuple: # Classes (N,), losses (2,N) under the
     "Each image of the hyper-steps' data, by the response of the network that the search left"
     device = next(get_model(learn.model).parameters()).device
     zs = [hba.z(lam.to(device, torch.float32)) for lam in (hba.points[0][1],hba.lam.value)]
-    y,losses = [],[]
-    with warnings.catch_warnings(), target_batches(learn, hba.hyper_data, hba.base_seed) as stream, hba.net.attached(hba.net.ref):
+    y,losses,undo = [],[],ExitStack()
+    with undo:
+        undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter('ignore') # the search has said what these data lack
+        stream = undo.enter_context(target_batches(learn, hba.hyper_data, hba.base_seed))
+        undo.enter_context(hba.net.attached(hba.net.ref))
         for b in one_pass(stream):
             if b[-1].dim()!=1 or b[-1].is_floating_point():
                 raise ValueError("A loss by class needs images with one class each, and these targets are others: use `report()`")

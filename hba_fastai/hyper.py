@@ -35,6 +35,8 @@ class HyperLayer:
         self.U = {k: param(k, new[k]) for k in ps}
         self.V = {k: param(k, p.new_zeros(p.numel() if self.scales else len(p), n)) for k,p in ps.items()}
 
+    def __getstate__(self): return {**vars(self), 'z': None} # a copy that is made within a batch is not of that batch
+
     @property
     def params(self): return [(p,getattr(self.layer,k)) for k in self.U for p in (self.U[k],self.V[k])]
 

@@ -78,11 +78,14 @@ def hold_phi0(self:HyperNet, on:bool):
 @contextmanager
 def attached(self:HyperNet, z:Tensor): # z(λ) (n,)
     "Within, the layers can respond; then, whatever happened, the model is the plain network at λ with its own `forward`"
-    self.ref = z.detach()
+    self.ref,mha = z.detach(),torch.backends.mha
+    fast = mha.get_fastpath_enabled()
     try:
+        mha.set_fastpath_enabled(False) # which reads the weights of a transformer's layers and does not call these
         for l in self.layers: l.attach()
         yield self
     finally:
+        mha.set_fastpath_enabled(fast)
         try: self._leave()
         finally: self._finish(); self.hold_phi0(False)
 

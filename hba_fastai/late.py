@@ -12,6 +12,8 @@ import warnings
 from contextlib import contextmanager,nullcontext
 import torch
 from torch import Tensor
+from fastcore.basics import first
+from fastai.callback.mixup import MixHandler
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.vision.core import TensorBBox
@@ -34,9 +36,13 @@ def check_late(target, until:float, mix:float):
         raise ValueError(f"until={until} and mix={mix} are of target images and no target is given: give one, or leave them out")
 
 # %% ../nbs/06d_late.ipynb #a0aff9e9
-def _check_training(bs:int|None, t:tuple): # Size of a training batch, and one with its transforms
+def _check_training(learn, bs:int|None, t:tuple): # Size of a training batch, and one with its transforms
     "Raise where target images cannot take a share of training batches"
     if bs is None: raise ValueError("Target images take a share of each batch and the training loader has no batch size: make `dls` with a `bs`")
+    if bs<2: raise ValueError("Target images take a share of each batch and a training batch has one image: make `dls` with a larger `bs`")
+    mix = first(cb for cb in learn.cbs if isinstance(cb, MixHandler))
+    if mix: raise ValueError(f"{type(mix).__name__} mixes images and their labels before target images with labels of their own join the batch: "
+        "fit without one of the two")
     if any(isinstance(o, TensorBBox) for o in t):
         raise ValueError("Target images join the training batches and each image has a number of boxes of its own: use `valid` instead of `target`")
 
@@ -62,7 +68,7 @@ def late_batches(
 ):
     "The stream of target images as training has its own: with its random transforms, under `policies`. A torch loader's come as they are"
     bs,t = inner_dl(learn.dls.train).bs,peek(learn.dls)
-    _check_training(bs, t)
+    _check_training(learn, bs, t)
     k = max(round(mix*bs), 1)
     with target_batches(learn, target, seed, rank, k) as stream:
         _check_target(stream, t, k)

@@ -90,7 +90,7 @@ def _by_name(strategy, ran):
 def _pick(strategy, ran, n):
     if strategy=='auto': return _auto(ran, n)
     if isinstance(strategy, str): picked = _by_name(strategy, ran)
-    elif callable(strategy): picked = [r for r in ran if strategy(r.layer)]
+    elif callable(strategy) and not isinstance(strategy, nn.Module): picked = [r for r in ran if strategy(r.layer)]
     else: picked = [r for r in ran if any(r.layer is m for m in listify(strategy))]
     return [r for r in ran if any(r is p for p in picked)] # in the order of execution, each once
 

@@ -115,7 +115,7 @@ def end(self:Role, cb) -> dict:
     report = {k: float(v) for k,v in zip(names[1:], values[1:]) if v is not None}
     if 'valid_loss' not in report: raise ValueError("Members of a population are compared by their validation loss and this Learner has none: "
         "give it validation data, and leave the recorder's `valid_metrics` on")
-    self.epoch = cb.learn.epoch+1
+    self.epoch = cb.at_epoch+1
     last = self.epoch==self.until
     report['judged'] = self.judged(cb, report['valid_loss']) if last else float('nan')
     self.told = cb.tell() if last else None
@@ -189,7 +189,7 @@ class PlainMember(PolicyCallback):
     def after_epoch(self):
         "Write the checkpoint"
         if not self.tfms: return # an epoch that was left out
-        self.note(self.learn.epoch+1)
+        self.note(self.at_epoch+1)
         resuming.write(self, **self.role.end(self))
 
 # %% ../nbs/07a1_member.ipynb #e879eaff

@@ -37,11 +37,12 @@ def wrappable(m:nn.Module) -> bool:
 @contextmanager
 def evaluating(model:nn.Module):
     "`model` in eval mode; each module's own mode is put back"
-    training = [m for m in model.modules() if m.training]
+    training = {m for m in model.modules() if m.training}
     model.eval()
     try: yield model
     finally:
-        for m in training: m.training = True
+        if training: model.train() # modules may do more then, as timm's do that keep something for eval mode
+        for m in model.modules(): m.training = m in training
 
 # %% ../nbs/02a_modules.ipynb #62a6ad81
 @contextmanager

@@ -76,7 +76,7 @@ def spans(codes:list) -> dict:
 # %% ../nbs/01c_ops.ipynb #fa3bd89d
 def put(v:Tensor, i:Tensor, w:Tensor):
     "Samples `i` of `v` become `w`, in place; eight bytes count as one number where they can"
-    by_eight = v.is_contiguous() and all(o*v.element_size()%8==0 for o in (v.stride(0),v.storage_offset()))
+    by_eight = v.is_contiguous() and all(o*v.element_size()%8==0 for o in (v.shape[1:].numel(),v.storage_offset())) # one sample may have any stride
     rows = lambda o: o.flatten(1).view(torch.int64) if by_eight else o
     rows(v).index_copy_(0, i, rows(w))
 

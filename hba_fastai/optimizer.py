@@ -67,6 +67,11 @@ def plain_state_dict(
         _set_groups(opt, now)
         for s,h in zip(states(opt), held): s.update(h)
 
+def _set_slow(opt, groups):
+    "Where `opt` is fastai's Lookahead and has begun: slow weights for `groups`; those of new parameters begin at these"
+    slow = getattr(opt, 'slow_weights', None)
+    if slow: opt.slow_weights = [[*s[:len(g)], *(p.detach().clone() for p in g[len(s):])] for s,g in zip(slow, groups)]
+
 # %% ../nbs/06d_optimizer.ipynb #f9bcf648
 @contextmanager
 def trained_with(opt, params:list, fast:list|None=None, decay:bool=False):
@@ -76,10 +81,12 @@ def trained_with(opt, params:list, fast:list|None=None, decay:bool=False):
     try:
         for p,_ in params: opt.state[p] = {'do_wd': decay}
         _set_groups(opt, new)
+        _set_slow(opt, new)
         _inner(opt).state_dict = lambda: plain_state_dict(opt, plain, params)
         yield
     finally:
         _inner(opt).__dict__.pop('state_dict', None)
         _set_groups(opt, plain)
+        _set_slow(opt, plain)
         for s in states(opt):
             for p,_ in params: s.pop(p, None)

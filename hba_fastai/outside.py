@@ -88,7 +88,7 @@ class ScheduleTransform(nn.Module):
         self.progress.fill_(pct)
 
     def extra_repr(self): return f'pct={self.pct:.3g}, {" + ".join(self.schedule.spaces)}'
-    def __getstate__(self): return {**vars(self), 'streams': {}}
+    def __getstate__(self): return {**super().__getstate__(), 'streams': {}}
     def __setstate__(self, state):
         super().__setstate__(state)
         self.progress.share_memory_()

@@ -45,9 +45,16 @@ def in_words(op:int, m:float) -> str: # Code of the operation, its magnitude
     name,number = OP_NAMES[op],f'{m:.0f}' if abs(m)>=9.95 else f'{m:.2g}'
     return f"{name} {number}{'°' if name=='Rotate' else ''}" if TABLE7[name] else name
 
+def _colour(fill) -> Tensor|None:
+    "A colour of holes as a tensor"
+    if fill is None: return None
+    t = torch.as_tensor(fill, dtype=torch.float32).clone()
+    if not (0<=t.min() and t.max()<=1): raise ValueError(f"fill={fill!r} is a colour and leaves [0,1]: give its levels divided by 255")
+    return t
+
 class Operations(Policy):
     "A policy whose `draw` gives the operations of each image"
-    on_bytes = True
+    on_bytes,bound = True,False # `bound`: for images of one kind
     def __init__(self,
         fill=None,           # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
         bilinear:bool=False, # Interpolate in the geometric operations instead of taking the nearest pixel
@@ -56,12 +63,13 @@ class Operations(Policy):
         super().__init__()
         self.bilinear,self.mask_fill = bilinear,mask_fill
         if not isinstance(mask_fill, Integral): raise TypeError(f"mask_fill={mask_fill!r} is a {type(mask_fill).__name__}: give the whole number of a class")
-        self.register_buffer('fill', None if fill is None else torch.as_tensor(fill, dtype=torch.float32).clone())
+        self.register_buffer('fill', _colour(fill))
 
     def bind(self, data:Data):
         "This policy for images of such data: holes in their mean colour, unless it has its own"
         policy = super().bind(data)
         if self.fill is None and data.mean is not None: policy.fill = data.mean.float().clone()
+        policy.bound = True
         return policy
 
     def for_size(self, drawn:Draw, h:int, w:int) -> Draw: return drawn # for images of `h` by `w` pixels
@@ -69,8 +77,10 @@ class Operations(Policy):
     def apply(self, x, drawn, generator=None, inplace=False, dense=None):
         "The images `x` (B,C,H,W), float in [0,1] or bytes, after what was drawn for them; see `apply_ops`"
         drawn = self.for_size(drawn, *x.shape[2:])
-        if self.fill is None: self.fill = from_levels(to_levels(x), torch.float32).mean((0,2,3)) # once, of the first batch
-        return apply_ops(x, drawn.op, drawn.m, drawn.centre, self.fill, self.bilinear, inplace, dense)
+        fill = from_levels(to_levels(x), torch.float32).mean((0,2,3)) if self.fill is None else self.fill
+        if self.bound: self.fill = fill # of the first batch
+        if fill.numel() not in (1,x.shape[1]): fill = fill.mean() # a second input with other channels
+        return apply_ops(x, drawn.op, drawn.m, drawn.centre, fill, self.bilinear, inplace, dense)
 
     def apply_(self, x, drawn, generator=None): return self.apply(x, drawn, generator, inplace=x.is_floating_point())
 
@@ -155,6 +165,7 @@ def without(self:PBAPolicy, names, why:str) -> PBAPolicy:
 def bind(self:PBAPolicy, data:Data) -> PBAPolicy:
     "This policy for images of such data"
     policy = self._but(data.mean if self.fill is None else self.fill, self.skip)
+    policy.bound = True
     if data.fixed: policy = policy.without([*GEOMETRIC,'Cutout'], f"The geometric operations would shift images against their targets ({data.fixed})")
     if data.channels!=3: policy = policy.without(['Color'], f"Color needs RGB images and these have {data.channels} channels")
     return policy

@@ -8,13 +8,15 @@ Docs: https://hba-fastai.github.io/hba-fastai/record.html.md"""
 __all__ = ['row', 'record', 'load_record', 'show_record', 'ShownAgain', 'leave_out']
 
 # %% ../nbs/06g1_record.ipynb #29590079
+import numpy as np
 from fastai.basics import *
 from .clock import Worded
 
 # %% ../nbs/06g1_record.ipynb #fccaedd7
 def _noted(v):
     "What a table shows, as a checkpoint can hold it"
-    return [float(v),v.text] if isinstance(v, Worded) else v if isinstance(v, (int,str,type(None))) else float(v)
+    if isinstance(v, Worded): return [float(v),v.text]
+    return v if isinstance(v, (int,str,type(None))) else str(v) if np.ndim(v) else float(v) # a metric may give an array
 
 def row(learn) -> dict: # {column: what it shows}
     "What fastai's table says of this epoch"
@@ -51,14 +53,18 @@ class ShownAgain(Callback):
     order = 70 # behind fastai's `Recorder`, `SaveModelCallback` and others of its kind
     def __init__(self, rows:list, record:dict|None=None): self.rows,self.record = rows,record
     def before_epoch(self):
-        if self.epoch>=len(self.rows): return
+        if self.epoch>=len(self.rows) or self.learn.lock.locked(): return # `validate` in the middle of a fit
         if hasattr(self.learn, 'recorder'): self.recorder.log += _shown(self.rows[self.epoch], self.recorder.metric_names[1:])
         self.learn.save = lambda file, *args, **kwargs: join_path_file(file, self.path/self.model_dir, ext='.pth')
         raise CancelEpochException
 
     def after_epoch(self):
         vars(self.learn).pop('save', None)
-        if self.record and self.epoch+1==len(self.rows) and hasattr(self.learn, 'recorder'): load_record(self.recorder, self.record)
+        if not (self.record and self.epoch+1==len(self.rows) and hasattr(self.learn, 'recorder')): return
+        load_record(self.recorder, self.record)
+        self.learn.train_iter = self.record['smooth'][0]
+        graph = getattr(self.learn, 'show_graph', None)
+        if hasattr(graph, 'nb_batches'): graph.nb_batches[:0] = self.record['iters']
 
 def leave_out(hba, rows:list, record:dict|None=None): # A search with its Learner and `undo`; rows of the epochs that are done
     "Leave the first epochs of this fit out; whatever ends it, `learn.save` is fastai's again"

@@ -30,15 +30,18 @@ def fine_tuning(learn) -> dict|None:
 # %% ../nbs/06e_replay.ipynb #7c86727f
 class Course:
     "Where a fit stands in the course that a schedule is stretched onto, in epochs"
-    def __init__(self): self.done,self.total = 0,None # epochs before the present fit, and of all; None: none has begun, or the last was stopped
+    def __init__(self):
+        self.done,self.total = 0,None # epochs before the present fit, and of all; None: none has begun, or the last was stopped
+        self.end = 0 # epochs at the end of the present fit, unless it stops early
 
     def begin(self, learn, goes_on:bool=False):
         "A fit begins; does it go on from the last one, even if that was not a part of the same `fine_tune`?"
         tuning,n = fine_tuning(learn),learn.n_epoch
         whole = tuning and tuning['freeze_epochs']+tuning['epochs']
-        if whole and self.total and self.done and self.done+n==self.total: return
-        if not goes_on: self.done = 0
-        self.total = self.done + (whole or n)
+        second = whole and self.total and self.done and self.end+n==self.total # of a `fine_tune`, whose first fit may have stopped early
+        if not (second or goes_on): self.done = 0
+        self.total = self.done + (n if second else whole or n)
+        self.end = self.done+n
 
     def epochs(self, learn) -> float:
         "Epochs that are done"
@@ -66,6 +69,7 @@ class PolicyCallback(Callback):
     generators,undo,tfms = None,None,() # Sources of randomness by policy; what is to be undone and the `PolicyTransform`s, while a fit lasts
     target,late = None,None             # The target images, and while a fit lasts the stream of their batches for training
     within,in_batch,goes_on = False,False,False # Does an epoch run, and a batch of it? Does a second fit continue the first, as a search does?
+    at_epoch = 0 # that runs; `validate` in the middle of a fit sets `learn.epoch` to 0
     def __init__(self,
         policy,          # A policy, such as `TrivialAugmentWide()`, or a sum; with hyperparameters: at the start of their space
         sigma:float=1.,  # Standard deviation of ε, if there are hyperparameters
@@ -103,6 +107,10 @@ class PolicyCallback(Callback):
         "Layers and the loss are the plain ones again"
         self.in_batch = False
 
+    def after_train(self):
+        "Also where a batch was the last one because somebody cancelled the training in it"
+        self.in_batch = False
+
     def after_fit(self):
         "The fit ended well, or was cancelled: the course goes on behind it"
         self.close(ended=True)
@@ -135,7 +143,7 @@ def guarded(self:PolicyCallback):
     def with_events(f, event_type, ex, final=noop):
         if event_type!='epoch': return plain(f, event_type, ex, final)
         try:
-            self.within = True
+            self.within,self.at_epoch = True,learn.epoch
             return plain(f, event_type, ex, final)
         except CancelFitException: raise
         except BaseException: self.close(); raise

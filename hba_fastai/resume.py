@@ -34,6 +34,7 @@ def described_optimizer(opt) -> str:
 def described_fit(learn) -> dict:
     "What a fit is without a search, in numbers and words"
     arch = getattr(learn, 'arch', None)
+    arch = getattr(arch, 'func', arch) # of a `partial`
     model = getattr(arch, '__name__', arch) or type(get_model(learn.model)).__name__
     return dict(epochs=learn.n_epoch, model=model, optimizer=described_optimizer(learn.opt), learning_rates=rates(learn))
 
@@ -113,7 +114,7 @@ def write(hba, **more):
     if on_disk(hba) not in (None,hba.on_disk): raise CheckpointError(f"{file_of(hba)} was written by another search while this one ran: "
         "give each a name of its own, the schedule of this one is with its Learner")
     hba.rows.append(row(hba.learn))
-    done = dict(settings=builtin(hba.settings), before=hba.before, epoch=hba.learn.epoch+1, rows=hba.rows, provenance=hba.provenance, **more)
+    done = dict(settings=builtin(hba.settings), before=hba.before, epoch=hba.at_epoch+1, rows=hba.rows, provenance=hba.provenance, **more)
     save_checkpoint(file_of(hba), dict(**done, training=training_state(hba.learn), search=search_state(hba)))
     hba.on_disk = on_disk(hba)
 
@@ -158,6 +159,7 @@ def load_before(hba, d:dict):
     vars(hba.clock).update(search['clock']); vars(hba.course).update(search['course'])
     hba.points,hba.seed,hba.inactive = list(zip(search['at'], search['lams'].cpu())),search['seed'],search['inactive']
     hba.provenance = d['provenance']
+    hba.searched = None # with another model than this Learner's, it may be
     hba.pauses = [*hba.provenance.get('resumed', []), f"{date.today()} behind epoch {d['epoch']}, torch {torch.__version__}"]
 
 # %% ../nbs/06h_resume.ipynb #cf69c17a

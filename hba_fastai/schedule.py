@@ -108,7 +108,8 @@ def at(self:Schedule, pct:float) -> Tensor: # Progress in [0,1] -> values (H,), 
     "Values at `pct`, by linear interpolation"
     if not isinstance(pct, (Real,Tensor)): raise ScheduleError(f"{pct!r:.60} is no progress of training: give a number from 0 to 1")
     if not -ROUNDING<=pct<=1+ROUNDING: raise ScheduleError(f"{pct:g} is no progress of training: progress goes from 0 to 1; for epoch 50 of 200 say 0.25")
-    if len(self)==1: return self.table[0]
+    pct = float(pct)
+    if len(self)==1: return self.table[0].clone()
     i = torch.searchsorted(self.progress, pct).clamp(1, len(self)-1).item()
     a,b = self.progress[i-1:i+1].tolist()
     return self.table[i-1].lerp(self.table[i], min(max((pct-a)/(b-a), 0.), 1.))
@@ -146,7 +147,8 @@ def __repr__(self:Schedule):
 def frame(self:Schedule):
     "The schedule as a `DataFrame`, indexed by progress"
     import pandas as pd
-    return pd.DataFrame(self.table.numpy(), columns=self.space.names, index=pd.Index(self.progress.numpy(), name='progress'))
+    own = lambda t: t.numpy().copy() # which may be changed
+    return pd.DataFrame(own(self.table), columns=self.space.names, index=pd.Index(own(self.progress), name='progress'))
 
 # %% ../nbs/04_schedule.ipynb #f956fe53
 FORMAT,VERSION,LARGEST = 'hba-fastai schedule',3,2**26 # LARGEST: bytes of a file

@@ -128,7 +128,7 @@ class HBACallback(PolicyCallback):
 
     def after_step(self):
         "Count real optimizer steps"
-        self.clock.stepped()
+        self.spare.due |= self.clock.stepped()
 
     def is_late(self) -> bool: return self.clock.over(self.course.epochs(self.learn)) # once λ is frozen, also in a second fit
 
@@ -141,14 +141,15 @@ class HBACallback(PolicyCallback):
 
     def after_train(self):
         "The plain network for the validation; stop where too many hypergradients were not finite"
-        self.plain_network()
+        PolicyCallback.after_train(self)
+        if self.attached: self.plain_network() # else somebody cancelled the training before it began
         self.hyper_steps.check()
 
     def after_epoch(self):
         "Note λ, and write the checkpoint"
         if not self.attached: return # an epoch that was left out
         self.plain_network() # also after an epoch that was cancelled, when `after_train` does not fire
-        self.note(self.learn.epoch+1)
+        self.note(self.at_epoch+1)
         if self.checkpoint: resuming.write(self)
 
 # %% ../nbs/07_search.ipynb #b5358373
@@ -180,13 +181,13 @@ def open(self:HBACallback, again:bool):
     self.loss0,self.hyper_steps = self.hyper_loss or self.learn.loss_func,Steps()
     self.undo.enter_context(tracked(self))
     acting = lambda: [*map(self.spare.acting, (self.lam.value,self.lam.start))]
-    self.undo.enter_context(shown(self.learn, columns(self.policies.space, acting, lambda: self.hyper_steps) | self.spare.column))
+    gap = {'gap': lambda: self.spare.gap.item()} if self.sparing else {}
+    self.undo.enter_context(shown(self.learn, columns(self.policies.space, acting, lambda: self.hyper_steps) | gap))
     if not self.checkpoint: return
     self.before = [] if again else [*self.before, dict(settings=resuming.builtin(self.settings), rows=self.rows)]
     resuming.claim(self)
     with target_batches(self.learn, self.hyper_data, 0) as stream: self.settings = resuming.described(self, stream)
-    if again: self.saved = resuming.read(self) if self.resume else None
-    else: self.saved = resuming.for_next_fit(self.saved)
+    self.saved = resuming.for_next_fit(self.saved) if not again else resuming.read(self) if self.resume else None
     if not (again and self.saved): return
     resuming.load_before(self, self.saved)
     self.schedule = _schedules[self.learn] = self.schedule_so_far()
@@ -268,10 +269,9 @@ def plain_network(self:HBACallback):
 # %% ../nbs/07_search.ipynb #1af1000a
 @patch
 def schedule_so_far(self:HBACallback) -> Schedule:
-    at,lam = zip(*self.clock.with_corners(self.points))
-    p,total = self.policies,self.course.total
-    return Schedule([a/total for a in at], p.space.values(self.spare.over(at, torch.stack(lam))), self.sigma, {**self.provenance, 'epochs': total},
-                    p.skip, self.inactive, p.limits, {part.name: part.space for part in p.parts})
+    (at,lam),p,total = zip(*self.clock.with_corners(self.points)),self.policies,self.course.total
+    found,values = {**self.provenance, **self.clock.shares(total), 'epochs': total},p.space.values(self.spare.over(at, torch.stack(lam)))
+    return Schedule([a/total for a in at], values, self.sigma, found, p.skip, self.inactive, p.limits, {part.name: part.space for part in p.parts})
 
 @patch
 def note(self:HBACallback, epochs:float):

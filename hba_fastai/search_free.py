@@ -9,6 +9,7 @@ __all__ = ['NARROW', 'WIDE', 'CHOICES', 'PAIRS', 'reach', 'bins', 'magnitudes', 
            'RandAugment', 'AutoAugment']
 
 # %% ../nbs/02c_search_free.ipynb #7046e00a
+from numbers import Integral
 import torch
 from torch import Tensor
 from fastcore.basics import patch
@@ -56,7 +57,6 @@ class SearchFree(Operations):
         return super().bind(data)
 
     def dose(self, drawn:Draw) -> Tensor: return drawn.m.new_zeros(len(drawn.m), 0)
-    def scale(self, sigma:float) -> float: return 1.
 
     def for_size(self, drawn, h, w): return drawn._replace(m=self.whole_shifts(drawn, h, w))
 
@@ -113,7 +113,8 @@ class RandAugment(SearchFree):
         p:float=1.,         # Probability of each to be applied
         mask_fill:int=0     # Class, in masks, of what comes from outside the image
     ):
-        if n<1 or m not in range(31): raise ValueError(f"RandAugment({n}, {m}) has {n} operations of magnitude {m}: "
+        whole = isinstance(n, Integral) and isinstance(m, Integral)
+        if not whole or n<1 or m not in range(31): raise ValueError(f"RandAugment({n}, {m}) has {n} operations of magnitude {m}: "
             "give at least one operation, and a whole magnitude from 0 to 30")
         if not 0<p<=1: raise ValueError(f"RandAugment applies each operation with probability p={p}: give a number above 0, up to 1")
         super().__init__(fill, bilinear, mask_fill, NARROW, 31)

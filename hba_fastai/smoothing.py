@@ -24,4 +24,4 @@ class LabelSmoothing(Policy):
         if pred.dim()!=2 or targ.shape!=pred.shape[:1] or targ.is_floating_point():
             raise ValueError("LabelSmoothing is for one class of each sample, and here "
                 f"predictions {tuple(pred.shape)} meet targets {tuple(targ.shape)}: leave it out")
-        return losses.lerp(-pred.log_softmax(1).mean(1), drawn)
+        return losses.lerp(-pred.log_softmax(1).mean(1), drawn.to(losses))

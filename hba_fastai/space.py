@@ -10,6 +10,7 @@ __all__ = ['TABLE7', 'UNITS', 'GEOMETRIC', 'ENHANCERS', 'START', 'AT', 'Hyperpar
 
 # %% ../nbs/00_space.ipynb #6be32381
 import math,re
+from numbers import Real
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -25,9 +26,11 @@ class Hyperparameter(NamedTuple):
     unit:str=''   # Unit of the values, for people
 
 def _hyperparameter(name:str, r) -> Hyperparameter:
-    if not (isinstance(r, (tuple,list)) and 2<=len(r)<=4 and all(isinstance(o, (int,float)) for o in r[:3])):
+    if not (isinstance(r, (tuple,list)) and 2<=len(r)<=4 and all(isinstance(o, Real) for o in r[:3])):
         raise ValueError(f"{name} has the range {r!r:.60}: give a tuple, the lowest and the highest value, and if you like a start and a unit")
-    return Hyperparameter(*r)
+    return Hyperparameter(*map(_plain, r))
+
+def _plain(o): return o.item() if hasattr(o, 'item') else o # numbers of NumPy as Python's own
 
 class Space:
     "Hyperparameters by name: `Space(noise=(0,0.2))`; spaces add up"
@@ -58,6 +61,7 @@ def values(self:Space, lam:Tensor) -> Tensor: # λ (...,H), unconstrained
 @patch
 def lam(self:Space, values:Tensor, eps:float=1e-6) -> Tensor: # Values (...,H) in their units
     "λ (...,H) of `values`; positions in the range are kept `eps` away from both ends, where λ would be infinite"
+    if not values.is_floating_point(): values = values.double()
     lo,hi = self.lo.to(values),self.hi.to(values)
     out = (values < lo) | (values > hi) | values.isnan()
     if out.any():
@@ -74,7 +78,7 @@ def start(self:Space,
     if isinstance(at, dict): return self._start_by_name(at)
     if at is None: return self.own_start.float().logit()
     pair = at if isinstance(at, (tuple,list)) else (at,at)
-    if len(pair)!=2 or not all(isinstance(o, (int,float)) for o in pair):
+    if len(pair)!=2 or not all(isinstance(o, Real) for o in pair):
         raise ValueError(f"start={at!r} is neither a position, a pair of them, nor a dictionary: "
             "give one number, or one for names in `.p` and one for the rest")
     p,rest = pair
@@ -88,7 +92,7 @@ def _start_by_name(self:Space, at:dict) -> Tensor:
     if odd: raise ValueError(f"start names {odd[0]!r}, which is no hyperparameter of the space: use names such as {self.names[0]!r}, `space.names` has all")
     values = self.values(self.start().double())
     for name,v in at.items():
-        if not isinstance(v, (int,float)): raise ValueError(f"start gives {v!r} for {name}, which is a {type(v).__name__}: give a number")
+        if not isinstance(v, Real): raise ValueError(f"start gives {v!r} for {name}, which is a {type(v).__name__}: give a number")
         values[self.names.index(name)] = v
     return self.lam(values).float()
 
@@ -170,7 +174,7 @@ def _check_limits(op:str, limits):
         graded = [o for o,r in TABLE7.items() if r]
         raise ValueError(f"`limits` names {op!r}, which is no operation with a magnitude: use those of {graded}")
     lo,hi = TABLE7[op]
-    pair = isinstance(limits, (tuple,list)) and len(limits)==2 and all(isinstance(l, (int,float)) for l in limits)
+    pair = isinstance(limits, (tuple,list)) and len(limits)==2 and all(isinstance(l, Real) for l in limits)
     if not (pair and lo<=limits[0]<limits[1]<=hi):
         raise ValueError(f"`limits` gives {limits!r} for {op}, whose magnitudes go from {lo} to {hi}: give a lower and a higher number within that range")
 
@@ -183,6 +187,7 @@ class PBASpace(Space):
         if not isinstance(limits or {}, dict): raise ValueError(f"limits is {limits!r:.40} and must be a dictionary: give {{operation: (lowest, highest)}}")
         self.limits = dict(limits or {})
         for o,r in self.limits.items(): _check_limits(o, r)
+        self.limits = {o: type(r)(map(_plain, r)) for o,r in self.limits.items()}
         self.entries = [(o,c) for c in range(copies) for o in TABLE7]         # what the sampler walks: (operation, copy)
         self.n = len(self.entries)
         self.graded = [i for i,(o,_) in enumerate(self.entries) if TABLE7[o]] # the entries that have a magnitude

@@ -23,7 +23,7 @@ from .target import loss_on
 def compared(loss_func, pred, *targ) -> Tensor: # Loss function of the Learner, predictions, targets
     "Cross entropy where predictions are scores of classes (B,C) and targets are numbers of classes (B,); else `loss_func`"
     labels = len(targ)==1 and targ[0].dim()==1 and not targ[0].is_floating_point()
-    if not (labels and isinstance(pred, Tensor) and pred.dim()==2): return loss_func(pred, *targ)
+    if not (labels and isinstance(pred, Tensor) and pred.dim()==2 and pred.shape[1]>1): return loss_func(pred, *targ)
     return F.cross_entropy(pred.float(), targ[0].long())
 
 # %% ../nbs/06f1a_sparing.ipynb #5a410009
@@ -41,6 +41,7 @@ class Sparing:
             "leave it out, or give hyperparameters that are probabilities a name in `.p`")
         self.n,self.losses,self.gap,self.noted = 0,None,torch.tensor(0. if self.on else 1.),{} # `noted`: {epochs of the course: gap}
         self.kept = None # the last images of the hyper-steps, within an epoch
+        self.due = True # Was a step made since losses were compared?
 
     def learn(self, losses:Tensor): # (2,): of training images that no operation met, of images of the hyper-steps
         "Join the running means"
@@ -64,9 +65,6 @@ def acting(self:Sparing, lam:Tensor, gap=None) -> Tensor: # λ (...,H); the gap 
     p = lam.sigmoid()
     begun = p.minimum(self.start.sigmoid())
     return torch.where(self.is_p, (first*begun+more*(p-begun)).clamp(1e-7, 1-1e-7).logit(), lam)
-
-@patch(as_prop=True)
-def column(self:Sparing) -> dict: return {'gap': lambda: self.gap.item()} if self.on else {} # of the progress table
 
 @patch
 def in_words(self:Sparing) -> str:
@@ -97,7 +95,8 @@ def untouched(hba) -> Tensor: # (B,)
 @patch
 def compare(self:Sparing, hba):
     "Every `T_train` steps, before a batch: compare the losses on some of its images and of those of the hyper-steps, and let the network follow"
-    if not self.on or hba.clock.count or hba.is_late(): return
+    if not (self.on and self.due) or hba.clock.count or hba.is_late(): return
+    self.due = False
     learn,k = hba.learn,max(len(hba.learn.xb[0])//8, 4)
     i,other = untouched(hba).nonzero()[:k,0],self.kept or next(hba.stream)
     loss = lambda b: loss_on(learn, lambda pred,*targ: compared(hba.loss0, pred, *targ), b)

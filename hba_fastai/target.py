@@ -11,6 +11,7 @@ __all__ = ['TARGET_FORMS', 'FORMS', 'SAME_BATCHES', 'check_valid', 'check_target
 # %% ../nbs/06b_target.ipynb #25bdd2ac
 import numbers,warnings
 from contextlib import ExitStack,contextmanager,nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -249,7 +250,7 @@ def target_batches(
         vocab,labels = vocab_of(dls),labels_of(dl.dataset) if stream.order else None
         n_classes = len(vocab) if vocab else getattr(dls, 'c', None)
         labels = translate(stream, vocab_of(dl.dataset), None if labels is None else labels[stream.order.idxs], vocab, single)
-        check_batch(_first_batch(stream), t, n_inp, n_classes, what)
+        check_batch(_first_batch(stream), t, n_inp, n_classes if single else None, what)
         if labels is not None and single:
             check_labels(torch.from_numpy(labels).to(t[-1].dtype), t[-1], n_classes, what)
             stream.counts = count_classes(labels, vocab)
@@ -261,6 +262,8 @@ def target_batches(
 # %% ../nbs/06b_target.ipynb #9ced12bd
 def loss_on(learn, loss_func, b:tuple) -> Tensor: # `b`: a batch of plain tensors
     "Loss of the plain network on `b`, before anything of the fit that swaps the loss function"
-    n,mp,model = learn.dls.n_inp,getattr(learn, 'mixed_precision', None),get_model(learn.model)
-    with mp.autocast if mp else nullcontext(): loss = loss_func(to_float(model(*b[:n])) if mp else model(*b[:n]), *b[n:])
+    n,model = learn.dls.n_inp,get_model(learn.model)
+    half = getattr(getattr(learn, 'mixed_precision', None), 'autocast', None) # None outside of a fit
+    with copy(half) if half else nullcontext(): # a batch may have entered it, and it remembers but one state before
+        loss = loss_func(to_float(model(*b[:n])) if half else model(*b[:n]), *b[n:])
     return loss.as_subclass(Tensor)

@@ -55,11 +55,12 @@ class TrackSearch(Callback):
         return [kind(cb) for cb,kind in kinds if kind and cb.run]
 
     def after_epoch(self):
+        if self.learn.lock.locked(): return # `validate` in the middle of a fit
         space = self.hba.policies.space
         for w in self.writers(): w.scalars(means(space, space.named(self.hba.spare.acting(self.hba.lam.value))), self.learn.train_iter)
 
     def after_fit(self):
-        if self.hba.schedule is None: return
+        if self.hba.schedule is None or self.learn.lock.locked(): return
         for w in self.writers(): w.schedule(self.hba.schedule, self.learn.train_iter)
 
 @contextmanager

@@ -1,9 +1,10 @@
 "Several fits, companions that judge by the same images, other transforms at replay, and searches that cannot find anything"
 import warnings
 import pytest, torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback,CancelFitException,CancelTrainException
 from fastai.callback.tracker import EarlyStoppingCallback,ReduceLROnPlateau,SaveModelCallback
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.mixup import CutMix,MixUp
+from fastai.callback.training import GradientAccumulation,ShortEpochCallback
 from fastai.data.core import TfmdDL
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
@@ -13,6 +14,9 @@ from fastai.vision.core import TensorImage
 from torch import nn
 from conftest import quiet,small_learner,small_net
 from hba_fastai.search import HBACallback,ScheduleCallback
+from hba_fastai.pba import PBAPolicy
+from hba_fastai.replay import PolicyCallback
+from hba_fastai.smoothing import LabelSmoothing
 from hba_fastai.data import array_dls,digits
 from hba_fastai.schedule import Schedule
 from hba_fastai.space import PBASpace,TABLE7
@@ -269,3 +273,64 @@ def test_what_the_layers_respond_to_has_mean_zero(condition):
     worst = lambda z: (z.mean(0).abs()/(z.std(0)/len(z)**0.5).clamp(min=1e-12)).max()
     assert worst(z) < 5
     if condition=='dose': assert worst(z + refs[0] - bare[0]) > 10
+
+class Judge(Callback):
+    "Validates in the middle of a fit, as people do on a test set; fastai sets `learn.epoch` to 0 then"
+    def __init__(self, event, order): self.event,self.order = event,order
+    def __call__(self, event):
+        if event==self.event and not self.learn.lock.locked(): self.learn.validate()
+
+@pytest.mark.parametrize('event,order', [('after_epoch',0), ('after_epoch',80), ('after_train',0), ('after_train',80)])
+def test_a_callback_that_validates(event, order, tmp_path):
+    def search(*cbs, **kw):
+        learn,hba = small_learner(path=tmp_path),HBACallback(seed=0, **kw)
+        learn.fit(3, 1e-2, cbs=[hba,*cbs])
+        return hba
+    whole = search()
+    assert search(Judge(event, order)).schedule==whole.schedule
+    class Stop(Callback):
+        order = 90
+        def after_epoch(self):
+            if not self.learn.lock.locked() and len(self.hba.points)==3: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): search(Judge(event, order), Stop(), checkpoint='s')
+    assert search(Judge(event, order), checkpoint='s', resume=True).schedule==whole.schedule
+
+@pytest.mark.parametrize('make', [HBACallback, lambda: PolicyCallback(PBAPolicy())])
+def test_training_that_is_cancelled_before_it_begins(make):
+    "To see how good the model is as it comes"
+    class First(Callback):
+        def before_train(self):
+            if not self.learn.epoch: raise CancelTrainException
+    learn = small_learner()
+    learn.fit(2, cbs=[make(),First()])
+    assert len(learn.recorder.values)==2
+
+@pytest.mark.parametrize('make', [HBACallback,PolicyCallback])
+def test_training_that_is_cancelled_in_a_batch_leaves_the_plain_loss(make):
+    learn = small_learner(n_valid=90) # whose last batch is smaller
+    learn.fit(2, cbs=[make(policy=LabelSmoothing(), seed=0),ShortEpochCallback(0.5, short_valid=False)])
+    assert learn.recorder.values[-1][0]==pytest.approx(learn.validate()[0], rel=1e-5)
+
+def test_a_frozen_fit_that_stops_early():
+    "What is left is the course"
+    class Stop(Callback):
+        order = 90
+        def after_epoch(self):
+            if self.learn.n_epoch==3: raise CancelFitException
+    learn,hba = small_learner(),HBACallback(seed=0)
+    learn.fine_tune(5, freeze_epochs=3, cbs=[hba,Stop()])
+    assert hba.course.total==hba.course.done==6 and hba.schedule.progress[-1]==1
+
+@pytest.mark.parametrize('mix', [MixUp,CutMix])
+def test_mixed_images_and_target_images(mix):
+    learn = small_learner()
+    with pytest.raises(ValueError, match=f'{mix.__name__} mixes images and their labels'):
+        learn.fit(3, cbs=[PolicyCallback(PBAPolicy(), target=learn.dls.valid),mix()])
+
+def test_parts_of_the_course_after_a_second_fit():
+    "λ was frozen in 3 of the first 10 epochs, which are now 10 of 40"
+    learn,hba = small_learner(n_train=40),HBACallback(seed=0)
+    learn.fit(10, cbs=hba)
+    assert hba.schedule.provenance['warmup']==0.3
+    with pytest.warns(UserWarning, match='goes on'): learn.fit(30, cbs=hba)
+    assert hba.schedule.provenance['warmup']==pytest.approx(0.075)

@@ -1,5 +1,5 @@
 "Policies that act in layers and on the loss: what they do to each sample, where they are off, and what is left when a fit ends"
-import pickle,sys
+import functools,pickle,sys
 from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ import hba_fastai
 from hba_fastai.data import digits_dls
 from hba_fastai.dropout import Dropout,Rates,dropout_layers,dropped
 from hba_fastai.hypernet import HyperNet
+from hba_fastai.inside import SampledLoss
 from hba_fastai.jitter import ColorJitter,CutoutHoles,InputDropout,InputScale
 from hba_fastai.pba import PBAPolicy
 from hba_fastai.policy import check_policy
@@ -340,3 +341,12 @@ def test_stn_is_what_the_table_says():
 def test_a_file_with_other_hyperparameters_under_our_names_is_refused(name, space):
     schedule = Schedule([0.,1.], space.values(space.start())[None].repeat(2, 1), spaces={name: space})
     with pytest.raises(ScheduleError, match=f'The hyperparameters of {name} or their ranges are others'): ScheduleCallback(schedule)
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(weight=torch.tensor([1.]*9+[20.])), CrossEntropyLossFlat(weight=torch.tensor([1.]*9+[20.])),
+    functools.partial(F.cross_entropy, weight=torch.tensor([1.]*9+[20.]))])
+def test_a_loss_that_weighs_classes_is_refused_by_any_batch(loss):
+    "Also by one without the class of another weight, where both means are the same"
+    x,y = torch.randn(6,10),torch.arange(6)
+    with pytest.raises(ValueError, match='weighs classes'): SampledLoss(loss, [(LabelSmoothing(),lambda: torch.zeros(6))])(x, y)
+    plain = SampledLoss(nn.CrossEntropyLoss(), [(LabelSmoothing(),lambda: torch.zeros(6))])
+    assert plain(x*float('nan'), y).isnan() and not plain.checked and plain(x.double(), y)==pytest.approx(F.cross_entropy(x, y).item()) and plain.checked

@@ -470,3 +470,51 @@ def test_phi_require_gradients_unless_they_follow():
     conv.bias.requires_grad_(False)
     grads = lambda **kw: [p.requires_grad for p,_ in HyperNet([('conv',conv)], 5, **kw).params]
     assert grads()==[True]*4 and grads(follow=True)==[True,True,False,False]
+
+def test_a_copy_that_is_made_within_a_batch_is_not_of_that_batch(attach):
+    model = tiny(); x = torch.rand(4,3,8,8).double(); model(x)
+    net = HyperNet(select(model, (x,), 'first_conv').layers, 6)
+    attach(net)
+    with torch.no_grad():
+        for v in net.layers[0].V.values(): v.normal_()
+    with at(net, torch.randn(4,6).double()): twin = copy.deepcopy(model)
+    assert torch.equal(twin.eval()(x[:3]), model.eval()(x[:3]))
+
+def test_modules_hear_that_evaluation_is_over():
+    "Some keep something for eval mode, and let it go when they train"
+    class Keeps(nn.Module):
+        kept = None
+        def train(self, mode=True):
+            if mode: self.kept = None
+            return super().train(mode)
+    model = nn.Sequential(Keeps(), nn.BatchNorm2d(2), nn.Sequential(Keeps()))
+    model[1].eval()
+    with evaluating(model): model[0].kept = model[2][0].kept = 1
+    assert model[0].kept is None and model[2][0].kept is None and [m.training for m in model.modules()]==[True,True,False,True,True]
+    model.eval()
+    with evaluating(model): model[0].kept = 1
+    assert model[0].kept==1 and not any(m.training for m in model.modules())
+
+def test_a_single_module_is_a_strategy():
+    model = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16,2))
+    assert [l for _,l in select(model, (torch.rand(2,3,4,4),), model[1]).layers]==[model[1]]
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem,self.head = nn.Conv2d(3, 8, 4, 4),nn.Linear(8, 2)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True), 1, enable_nested_tensor=False)
+    def forward(self, x): return self.head(self.encoder(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+def test_layers_of_a_transformer_of_torch_respond_without_a_gradient():
+    "Its fast path would read their weights instead of calling them"
+    torch.manual_seed(0)
+    model,x = Tokens(),torch.rand(4,3,8,8)
+    net = HyperNet(select(model, (x,), 'first_norm').layers, 2)
+    with torch.no_grad():
+        for v in net.layers[0].V.values(): v.normal_()
+    before = torch.backends.mha.get_fastpath_enabled()
+    with net.attached(torch.zeros(2)):
+        for p in model.parameters(): p.requires_grad_(False)
+        losses = net.losses_at(model, lambda: model(x).square().mean(), [torch.tensor([a,0.]) for a in (0.,1.,2.)])
+    assert losses.unique().numel()==3 and torch.backends.mha.get_fastpath_enabled()==before==True

@@ -126,3 +126,9 @@ def test_errors():
     with pytest.raises(ValueError, match='2 images and 3 magnitudes'): OPS['Rotate'](x, torch.zeros(3))
     with pytest.raises(ValueError, match='Color needs RGB'): OPS['Color'](x[:,:1], torch.zeros(2))
     with pytest.raises(ValueError, match='Cutout needs `centre`'): OPS['Cutout'](x, torch.zeros(2))
+
+def test_one_image_that_is_a_part_of_others():
+    "A dimension of size 1 may have any stride"
+    clip = torch.randint(0, 256, (1,16,3,30,30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    op,m,centre = torch.tensor([[OP_NAMES.index('Invert')]]),torch.zeros(1,1),torch.zeros(1,1,2)
+    assert torch.equal(apply_ops(clip[:,0], op, m, centre), 255-clip[:,0])

@@ -14,7 +14,7 @@ def state(learn):
     modules = [(n,type(m),m.training,len(m._forward_pre_hooks)) for n,m in learn.model.named_modules()]
     return numbers,modules,[len(dl.after_batch.fs) for dl in learn.dls.loaders],len(learn.cbs),{k: v.clone() for k,v in learn.model.state_dict().items()}
 
-@pytest.mark.parametrize('kw', [dict(), dict(T_train=2, T_val=2), dict(warmup=0), dict(valid=0.2)])
+@pytest.mark.parametrize('kw', [dict(), dict(T_train=2, T_val=2), dict(warmup=0), dict(valid=0.5)])
 def test_the_fit_is_as_planned(kw):
     learn,hba = small_learner(),HBACallback(seed=0, **kw)
     p = hba.plan(learn, 3)

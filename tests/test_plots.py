@@ -209,6 +209,16 @@ class Tracker(Callback):
 class TensorBoardCallback(Tracker): pass # by name, as the real ones are found
 class WandbCallback(Tracker): pass
 
+def test_trackers_hear_nothing_of_a_validation_within_the_fit():
+    class Judge(Callback):
+        order = 80
+        def after_epoch(self):
+            if not self.learn.lock.locked(): self.learn.validate()
+    board = TensorBoardCallback()
+    board.writer = mock.MagicMock()
+    small_learner().fit(2, cbs=[HBACallback(seed=0), board, Judge()])
+    assert board.writer.add_figure.call_count==1 and board.writer.add_scalar.call_count==2*27
+
 def test_trackers_get_scalars_and_the_schedule_and_nothing_is_imported_without_them():
     wandb,board = mock.MagicMock(),TensorBoardCallback()
     board.writer = mock.MagicMock()

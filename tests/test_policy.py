@@ -65,7 +65,7 @@ def test_mean_dose_under_perturbed_hyperparameters(p_rotate, skip, sigma, n=100_
 
 def test_draws_do_not_depend_on_neighbours(n=512):
     "Other λ for the others, or fewer of them: the same draw for sample 0"
-    policy = PBAPolicy()
+    policy = PBAPolicy(fill=0.5)
     a = policy.draw_under(torch.zeros(n,54), gen(3))
     other = torch.randn(n,54)*3; other[:7] = 0
     for b,k in ((policy.draw_under(other, gen(3)),7), (policy.draw_under(torch.zeros(9,54), gen(3)),9)):
@@ -173,3 +173,34 @@ def test_no_step_waits_for_the_device():
             for v in (x,x.to(torch.uint8)): assert policy.apply(v, d).shape==x.shape
             policy.dose(d)
             for sigma in (0.,1.): policy.expected(lam[0], sigma).sum().backward()
+
+def test_a_look_at_one_batch_leaves_no_colour_behind():
+    "Of the holes: only a policy that is bound to data keeps that of its first batch"
+    policy,black = PBAPolicy(),torch.zeros(4,3,16,16)
+    def act(p, x): p.apply(x, p.draw_under(torch.full((len(x),54), 3.), gen(0)))
+    act(policy, black); act(policy, black[:,:1])
+    bound = policy.bind(Data(3, torch.full((3,), 0.5)))
+    assert policy.fill is None and bound.fill.tolist()==[0.5]*3
+    first = policy.bind(Data(3, None))
+    act(first, black); act(first, black+1)
+    assert first.fill.tolist()==[0.]*3
+
+@pytest.mark.parametrize('fill', [128,(0.2,0.3,128),-0.1])
+def test_a_colour_in_levels_is_refused(fill):
+    with pytest.raises(ValueError, match='leaves .0,1.: give its levels divided by 255'): PBAPolicy(fill)
+
+def test_two_inputs_of_other_channels():
+    "Depth beside a photograph: holes there have the mean of the colour"
+    policy = PBAPolicy(fill=(0.,0.5,1.), skip=[o for o in OP_NAMES if o!='Cutout'])
+    d = policy.draw_under(torch.full((40,54), 5.), gen(0))
+    grey = policy.apply(torch.zeros(40,1,16,16), d)
+    assert grey.unique().tolist()==[0,pytest.approx(0.5, abs=1/255)]
+    assert policy.apply(torch.zeros(40,3,16,16), d).amax((0,2,3)).tolist()==pytest.approx([0,0.5,1], abs=1/255)
+
+def test_numbers_of_numpy():
+    space = Space(a=(np.float32(0),np.float32(0.5)), b=(np.int64(1),2))
+    assert space.of['a'][:2]==(0,0.5) and {type(o) for h in space.of.values() for o in h[:2]}<={int,float}
+    limits = PBASpace(limits={'Rotate': (np.int64(0),np.int64(10))}).limits
+    assert limits=={'Rotate': (0,10)} and type(limits['Rotate'][1]) is int
+    assert Space(x=(0.5,2)).lam(torch.tensor([1])).item()==pytest.approx(np.log(0.5))
+    assert torch.equal(space.start(np.float64(0.25)), space.start(0.25)) and torch.equal(space.start({'a': np.float64(0.25)}), space.start({'a': 0.25}))

@@ -270,3 +270,36 @@ def test_nothing_is_executed(tmp_path):
     save_checkpoint(tmp_path/'e.pth', {'same': Evil()})
     with pytest.raises(CheckpointError, match='more than tensors'): load_checkpoint(tmp_path/'e.pth')
     assert not (tmp_path/'owned').exists()
+
+@pytest.mark.parametrize('again', [False,True])
+def test_the_cell_of_the_learner_is_run_again(again, tmp_path):
+    "With the same callback, or a new one"
+    def hba(): return HBACallback(seed=5, checkpoint='s', resume=True)
+    whole = HBACallback(seed=5)
+    small_learner().fit(4, 1e-2, cbs=whole)
+    first = hba()
+    with pytest.raises(RuntimeError, match='power cut'): small_learner(path=tmp_path).fit(4, 1e-2, cbs=[first,Stop(3)])
+    second = first if again else hba()
+    small_learner(seed=3, path=tmp_path).fit(4, 1e-2, cbs=second)
+    assert second.schedule==whole.schedule and len(second.lam.series)==len(whole.lam.series)
+
+def test_what_a_table_and_an_arch_can_be(tmp_path):
+    "A metric that gives an array; an architecture that is a `partial`; the record of callbacks that draw"
+    def each(pred, targ): return np.array([0.1,0.2])
+    def make():
+        learn = small_learner(path=tmp_path)
+        learn.metrics = [each]
+        learn.arch = partial(small_net, c=3)
+        return learn
+    with pytest.raises(RuntimeError, match='power cut'): make().fit(3, cbs=[HBACallback(seed=0, checkpoint='s'),Stop(2)])
+    class Graph(Callback):
+        name,order = 'show_graph',65
+        def before_fit(self): self.nb_batches = []
+        def after_train(self): self.nb_batches.append(self.train_iter)
+    learn = make()
+    learn.fit(3, cbs=[HBACallback(seed=0, checkpoint='s', resume=True),Graph()])
+    assert len(learn.recorder.values)==3 and '0.1' in learn.recorder.values[0][2]
+    whole = make()
+    graph = Graph()
+    whole.fit(3, cbs=[HBACallback(seed=0),graph])
+    assert learn.train_iter==whole.train_iter==30 and graph.nb_batches==[10,20,30]

@@ -1,5 +1,6 @@
 "Schedules: files by name, interpolation, and files that cannot be used"
 import json,os,signal,subprocess,sys
+from fractions import Fraction
 from pathlib import Path
 import numpy as np
 import pytest, torch
@@ -203,3 +204,19 @@ files.write_whole({str(f)!r}, b'half of it')"""
     for o in (alive,elsewhere,mine): o.touch()
     calm().save(f)
     assert Schedule.load(f)==calm() and set(tmp_path.iterdir())=={f,alive,elsewhere,mine}
+
+def test_what_is_handed_out_is_not_the_schedule():
+    s = Schedule([0.5], space.values(torch.zeros(1,54).double()))
+    before = s.table.clone()
+    s.at(0.2)[0] = 1
+    df = s.frame()
+    df.iloc[:,0] = 1.
+    assert torch.equal(s.table, before) and s.at(Fraction(1,2)).equal(before[0])
+
+def test_a_file_keeps_its_rights_and_a_long_name_is_told(tmp_path):
+    f = tmp_path/'f'
+    f.write_bytes(b'old')
+    f.chmod(0o640)
+    files.write_whole(f, b'new')
+    assert f.stat().st_mode&0o777==0o640
+    with pytest.raises(OSError, match='was not written'): files.write_whole(tmp_path/('x'*250), b'new')

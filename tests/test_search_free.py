@@ -284,3 +284,7 @@ def test_moves_with_its_tables(make):
     assert all(not b.is_floating_point() for n,b in policy.named_buffers() if n in ('op','choices','level'))
     assert policy.state_dict().keys()=={'fill'}
     assert not any(isinstance(o, torch.Tensor) for o in vars(policy).values())
+
+@pytest.mark.parametrize('n,m', [(2,9.), (2.5,9)])
+def test_numbers_that_are_not_whole_are_refused(n, m):
+    with pytest.raises(ValueError, match='give at least one operation, and a whole magnitude'): RandAugment(n, m)

@@ -31,7 +31,7 @@ def test_refused(tmp_path, pngs, schedule):
     named = shutil.copy(schedule, tmp_path/'schedule')
     for kw,match in ((dict(path='nowhere'), 'is no folder'), (dict(schedule='nowhere'), 'no.* schedule'), (dict(schedule=f'{tmp_path}/odd.json'), 'format'),
                      (dict(epochs=0), '1 or more'), (dict(target='nowhere'), "does not exist"), (dict(out=str(tmp_path)), 'is a folder'),
-                     (dict(arch='resnet17x'), 'resnet17x'), (dict(out=schedule+'x/../s.json'), 'name of a schedule'), (dict(out=f'{tmp_path}/S.JSON'), 'name of a schedule'),
+                     (dict(arch='resnet17x'), 'resnet17x'), (dict(out=f'{tmp_path}/S.JSON'), 'name of a schedule'),
                      (dict(schedule=named, out=named), 'is the schedule')):
         with pytest.raises(CliError, match=match) as e: hba_train(**{**dict(path=str(pngs), schedule=schedule, out=f'{tmp_path}/m.pkl'), **SMALL, **kw})
         assert len(str(e.value).splitlines())==1

@@ -4,7 +4,7 @@ import subprocess,sys
 from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback,event
-from fastai.optimizer import OptimWrapper,SGD
+from fastai.optimizer import OptimWrapper,SGD,ranger
 from fastai.torch_core import set_seed
 from fastai.vision.data import ImageDataLoaders
 from PIL import Image
@@ -175,3 +175,15 @@ def test_optimizers_of_both_kinds(opt_func):
     before = fingerprint(learn)
     with pytest.raises(RuntimeError): learn.fit(2, cbs=[HBACallback(), Boom('after_loss', RuntimeError('foreign'), 40, 12)])
     assert_plain(learn, before)
+
+def test_lookahead_is_plain_again():
+    "fastai's ranger keeps slow weights beside each parameter"
+    def slow(learn): return [len(o) for o in learn.opt.slow_weights]
+    learn = small_learner(opt_func=ranger)
+    learn.fit(1, 1e-3)
+    n = slow(learn)
+    class See(Callback):
+        order,within = 60,None
+        def after_train(self): See.within = slow(self.learn)
+    learn.fit(1, 1e-3, cbs=[HBACallback(),See()], reset_opt=False)
+    assert slow(learn)==n==[len(g) for g in learn.opt.param_lists] and sum(See.within)==sum(n)+4
