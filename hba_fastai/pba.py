@@ -61,7 +61,7 @@ class Operations(Policy):
         mask_fill:int=0      # Class, in masks, of what comes from outside the image
     ):
         super().__init__()
-        self.bilinear,self.mask_fill = bilinear,mask_fill
+        self.bilinear,self.mask_fill,self.seen = bilinear,mask_fill,{} # `seen`: colour of the first batch, by its channels
         if not isinstance(mask_fill, Integral): raise TypeError(f"mask_fill={mask_fill!r} is a {type(mask_fill).__name__}: give the whole number of a class")
         self.register_buffer('fill', _colour(fill))
 
@@ -77,10 +77,18 @@ class Operations(Policy):
     def apply(self, x, drawn, generator=None, inplace=False, dense=None):
         "The images `x` (B,C,H,W), float in [0,1] or bytes, after what was drawn for them; see `apply_ops`"
         drawn = self.for_size(drawn, *x.shape[2:])
-        fill = from_levels(to_levels(x), torch.float32).mean((0,2,3)) if self.fill is None else self.fill
-        if self.bound: self.fill = fill # of the first batch
+        fill = self.colour_for(x)
         if fill.numel() not in (1,x.shape[1]): fill = fill.mean() # a second input with other channels
         return apply_ops(x, drawn.op, drawn.m, drawn.centre, fill, self.bilinear, inplace, dense)
+
+    def colour_for(self, x) -> Tensor:
+        "The colour of holes; without one the mean of the first batch, which a policy that is bound to data keeps with its buffers"
+        if self.fill is not None: return self.fill
+        if not self.bound and x.shape[1] in self.seen: return self.seen[x.shape[1]]
+        mean = from_levels(to_levels(x), torch.float32).mean((0,2,3))
+        if self.bound: self.fill = mean
+        else: self.seen[x.shape[1]] = mean
+        return mean
 
     def apply_(self, x, drawn, generator=None): return self.apply(x, drawn, generator, inplace=x.is_floating_point())
 

@@ -65,7 +65,7 @@ def test_mean_dose_under_perturbed_hyperparameters(p_rotate, skip, sigma, n=100_
 
 def test_draws_do_not_depend_on_neighbours(n=512):
     "Other λ for the others, or fewer of them: the same draw for sample 0"
-    policy = PBAPolicy(fill=0.5)
+    policy = PBAPolicy()
     a = policy.draw_under(torch.zeros(n,54), gen(3))
     other = torch.randn(n,54)*3; other[:7] = 0
     for b,k in ((policy.draw_under(other, gen(3)),7), (policy.draw_under(torch.zeros(9,54), gen(3)),9)):
