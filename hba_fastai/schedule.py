@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/schedule.html.md"""
 __all__ = ['PBA', 'ROUNDING', 'FORMAT', 'VERSION', 'LARGEST', 'ScheduleError', 'Schedule']
 
 # %% ../nbs/04_schedule.ipynb #21cdc1bc
-import json,math
+import json,math,os
 from numbers import Real
 from pathlib import Path
 import torch
@@ -163,7 +163,7 @@ def save(self:Schedule, fname) -> Path: # `fname`
     more = {'spaces': {name: space.of for name,space in self.spaces.items()}} if self._version()>2 else {}
     d = dict(format=FORMAT, version=self._version(), space=space, **more, sigma=self.sigma, provenance=self.provenance, progress=self.progress.tolist(),
              values={n: v.tolist() for n,v in zip(self.space.names, self.table.T)})
-    try: return write_whole(fname, json.dumps(d, indent=1).encode('utf8'))
+    try: return write_whole(os.path.expanduser(fname), json.dumps(d, indent=1).encode('utf8'))
     except ValueError as e: raise ScheduleError(str(e)) from None
 
 # %% ../nbs/04_schedule.ipynb #58961e65
@@ -175,7 +175,7 @@ def _numbers(what:str, v) -> list:
 
 def _read(fname) -> dict:
     "The content of a file that is a schedule by its own word"
-    with open(fname, 'rb') as f: data = f.read(LARGEST+1) # a device may have no end
+    with open(os.path.expanduser(fname), 'rb') as f: data = f.read(LARGEST+1) # a device may have no end
     if len(data)>LARGEST:
         raise ScheduleError(f"{fname} has more than {LARGEST>>20} MiB, and one of 10,000 epochs has 13: give a file that `Schedule.save` wrote")
     try: d = json.loads(data)

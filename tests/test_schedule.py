@@ -205,6 +205,12 @@ files.write_whole({str(f)!r}, b'half of it')"""
     calm().save(f)
     assert Schedule.load(f)==calm() and set(tmp_path.iterdir())=={f,alive,elsewhere,mine}
 
+def test_a_file_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    s = calm()
+    assert s.save('~/s.json')==tmp_path/'s.json' and Schedule.load('~/s.json')==s and not (tmp_path/'~').exists()
+
 def test_what_is_handed_out_is_not_the_schedule():
     s = Schedule([0.5], space.values(torch.zeros(1,54).double()))
     before = s.table.clone()
