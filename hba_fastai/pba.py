@@ -48,9 +48,9 @@ def in_words(op:int, m:float) -> str: # Code of the operation, its magnitude
 def _colour(fill) -> Tensor|None:
     "A colour of holes as a tensor"
     if fill is None: return None
-    t = torch.as_tensor(fill, dtype=torch.float32).clone()
-    if not (0<=t.min() and t.max()<=1): raise ValueError(f"fill={fill!r} is a colour and leaves [0,1]: give its levels divided by 255")
-    return t
+    levels = fill.flatten().tolist() if isinstance(fill, Tensor) else np.ravel(fill).tolist()
+    if not all(0<=o<=1 for o in levels): raise ValueError(f"fill={fill!r} is a colour and leaves [0,1]: give its levels divided by 255")
+    return torch.as_tensor(fill, dtype=torch.float32).clone()
 
 class Operations(Policy):
     "A policy whose `draw` gives the operations of each image"

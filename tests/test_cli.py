@@ -84,7 +84,7 @@ def interrupted(row, presses, out, epochs='60'):
     for line in p.stdout:
         if re.match(row, line): break
     for _ in range(presses): p.send_signal(signal.SIGINT)
-    return p.communicate(timeout=60)[1].strip().splitlines(),p.returncode
+    return p.communicate(timeout=300)[1].strip().splitlines(),p.returncode
 
 def test_ctrl_c_pressed_twice_says_where_the_schedule_is(tmp_path):
     out = tmp_path/'s.json'
