@@ -65,7 +65,7 @@ class Student(HBACallback):
         "Note λ, and write the checkpoint"
         if not self.attached: return
         self.plain_network()
-        self.note(self.learn.epoch+1)
+        self.note(self.at_epoch+1)
         resuming.write(self, **self.role.end(self))
 
 # %% ../nbs/07a4_hpm.ipynb #2fcc0f48

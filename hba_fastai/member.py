@@ -35,9 +35,12 @@ from .transform import seen_data
 class Until(Callback):
     "Ends a fit behind its epoch number `epoch`, as if it were to go on"
     order,_only_train_loop = 90,True # behind all others, who write of the epoch
+    at = -1 # the epoch that runs, which a `validate` within it sets to 0
     def __init__(self, epoch:int): self.until = epoch
+    def before_epoch(self):
+        if not self.learn.lock.locked(): self.at = self.learn.epoch
     def after_epoch(self):
-        if self.learn.epoch+1==self.until<self.learn.n_epoch: raise CancelFitException
+        if not self.learn.lock.locked() and self.at+1==self.until<self.learn.n_epoch: raise CancelFitException
 
 # %% ../nbs/07a1_member.ipynb #f387a64b
 @contextmanager

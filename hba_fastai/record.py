@@ -51,16 +51,18 @@ def show_record(learn, d:dict):
 class ShownAgain(Callback):
     "Leaves out the epochs that are done, and shows their figures to callbacks that compare epochs, which save nothing meanwhile"
     order = 70 # behind fastai's `Recorder`, `SaveModelCallback` and others of its kind
-    def __init__(self, rows:list, record:dict|None=None): self.rows,self.record = rows,record
+    def __init__(self, rows:list, record:dict|None=None): self.rows,self.record,self.at = rows,record,-1 # `at`: the epoch that runs
     def before_epoch(self):
-        if self.epoch>=len(self.rows) or self.learn.lock.locked(): return # `validate` in the middle of a fit
+        if self.learn.lock.locked(): return # `validate` in the middle of a fit
+        self.at = self.epoch
+        if self.at>=len(self.rows): return
         if hasattr(self.learn, 'recorder'): self.recorder.log += _shown(self.rows[self.epoch], self.recorder.metric_names[1:])
         self.learn.save = lambda file, *args, **kwargs: join_path_file(file, self.path/self.model_dir, ext='.pth')
         raise CancelEpochException
 
     def after_epoch(self):
         vars(self.learn).pop('save', None)
-        if not (self.record and self.epoch+1==len(self.rows) and hasattr(self.learn, 'recorder')): return
+        if self.learn.lock.locked() or not (self.record and self.at+1==len(self.rows) and hasattr(self.learn, 'recorder')): return
         load_record(self.recorder, self.record)
         self.learn.train_iter = self.record['smooth'][0]
         graph = getattr(self.learn, 'show_graph', None)

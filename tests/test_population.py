@@ -411,3 +411,14 @@ def test_policies_in_layers_and_on_the_loss(kind):
     assert list(pop.schedule.spaces)==['PBAPolicy','Dropout','LabelSmoothing'] and len(pop.policies.space)==56
     with pop.best.no_bar(): loss = pop.best.validate()[0]
     assert loss==pytest.approx(pop.rounds[-1]['losses'][pop.winner], rel=1e-5)
+
+class Judge(Callback):
+    "Validates behind each epoch; fastai sets `learn.epoch` to 0 then"
+    order = 80 # behind the Recorder, whose row it would change else
+    def after_epoch(self):
+        if not self.learn.lock.locked(): self.learn.validate()
+
+@pytest.mark.parametrize('kind', ['pbt','hpm'])
+def test_members_that_validate_within_their_fit(kind):
+    whole,judged = (fit(population(kind, lambda: learner(*[cb() for cb in cbs]), n=2)) for cbs in ([],[Judge]))
+    assert [r['donors'] for r in whole.rounds]==[r['donors'] for r in judged.rounds] and whole.schedule==judged.schedule
