@@ -62,8 +62,8 @@ def losses_by_image(hba, learn) -> tuple: # Classes (N,), losses (2,N) under the
     "Each image of the hyper-steps' data, by the response of the network that the search left"
     device = next(get_model(learn.model).parameters()).device
     zs = [hba.z(lam.to(device, torch.float32)) for lam in (hba.points[0][1],hba.lam.value)]
-    y,losses,undo = [],[],ExitStack()
-    with undo:
+    y,losses = [],[]
+    with ExitStack() as undo:
         undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter('ignore') # the search has said what these data lack
         stream = undo.enter_context(target_batches(learn, hba.hyper_data, hba.base_seed))

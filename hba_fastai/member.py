@@ -215,7 +215,8 @@ class Member:
         judge:int|None=None, spread:float=0. # See `Role`
     ):
         store_attr()
-        self.device,self.learn,self.last = None,None,None # (epoch, report, told) of its file, where this object knows it
+        self.learn,self.device = None,None
+        self.last = None # (epoch, report, told) of its file, where this object knows it
 
     def key(self, *words) -> str: return ' '.join(map(str, ('population',self.seed,'member',self.i,*words)))
     @property

@@ -4,6 +4,7 @@ from functools import cache
 import numpy as np, pandas as pd, pytest, torch
 from fastai.data.all import (CategoryBlock,DataBlock,DataLoader,DataLoaders,IntToFloatTensor,MultiCategoryBlock,Normalize,RandomSplitter,
                              RegressionBlock,TfmdDL,Transform,get_image_files,parent_label)
+from fastai.data.transforms import get_image_files
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
@@ -513,6 +514,5 @@ def test_several_labels_of_each_image(root):
     "Their numbers are not compared with the number of classes, which is that of one"
     blocks = ImageBlock,CategoryBlock,CategoryBlock
     get_y = [lambda f: f.parent.name, lambda f: str(int(re.sub(r'\D', '', f.stem))%3)]
-    from fastai.data.transforms import get_image_files
     dls = DataBlock(blocks, get_items=get_image_files, get_y=get_y, splitter=RandomSplitter(seed=0), item_tfms=Resize(8), n_inp=1).dataloaders(root, bs=4)
     with target_batches(Learner(dls, small_net(), loss_func=lambda *o: 0.), None, 0) as stream: assert len(next(stream))==3
