@@ -189,7 +189,7 @@ def _refuse_parts(folder, files, vocab):
 def _files(valid, vocab=None) -> tuple: # (files, the folder that holds them or None, phrase)
     folder = Path(valid).expanduser() if isinstance(valid, (str,Path)) else None
     what = f'the folder {folder}' if folder else f'a list of {len(valid)} files'
-    files = sorted(get_image_files(folder)) if folder else [Path(f).expanduser() for f in valid]
+    files = image_files(folder) if folder else [Path(f).expanduser() for f in valid]
     if not files: raise ValueError(f"{upper_first(what)} holds no images: give one with a sub-folder per class")
     if folder: _refuse_parts(folder, files, vocab)
     return files,folder,what

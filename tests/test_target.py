@@ -1,5 +1,6 @@
 "Where the batches of the hyper-steps come from: every form of `valid`, every refusal, and a Learner that is as before afterwards"
-import multiprocessing,random,re,warnings
+import multiprocessing,os,random,re,warnings
+from pathlib import Path
 from functools import cache
 import numpy as np, pandas as pd, pytest, torch
 from fastai.data.all import (CategoryBlock,DataBlock,DataLoader,DataLoaders,IntToFloatTensor,MultiCategoryBlock,Normalize,RandomSplitter,
@@ -193,6 +194,20 @@ def test_few_items_are_all_used(root):
         counts = pd.Series(hashes).round(3).value_counts()
         assert counts.sum()==740 and len(counts)==37 and (counts==20).all() and (stream.i_pass,stream.place)==(20,0)
         assert all(len(b[0])==5 for b in take(files[:5], folder(root))[1])
+
+def test_a_folder_is_read_whole_and_each_image_counts_once(root, tmp_path, monkeypatch):
+    for f in get_image_files(root/'target'):
+        (tmp_path/f.parent.name).mkdir(exist_ok=True)
+        (tmp_path/f.parent.name/f.name).write_bytes(f.read_bytes())
+    (tmp_path/'again').symlink_to(tmp_path)
+    for f in get_image_files(tmp_path/'3'): f.with_name(f'z{f.name}').symlink_to(f)
+    assert take(tmp_path, folder(root))[0].n==60
+    plain = os.scandir
+    def scandir(path):
+        if Path(path).name=='3': raise PermissionError(13, 'Permission denied', str(path))
+        return plain(path)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    with pytest.raises(ValueError, match=r'/3 cannot be read \(Permission denied\)'): take(tmp_path, folder(root))
 
 @pytest.mark.parametrize('valid', [0.01,0.2,0.5,0.99,10,40,110])
 def test_a_hold_out_never_loses_a_class(valid):
