@@ -142,7 +142,7 @@ def loaders(s, where, scale, seed, device=None):
     "`DataLoaders` of a setting: training images, those of the hyper-steps if there are any, those that it is judged by"
     if s.data=='ImageNet' and where.folder!='fake': return imagenet(s, where, scale, seed, device)
     size = IMAGENET_SIZE[scale] if s.data=='ImageNet' else 32 if s.model=='AlexNet' else SIZE[scale] # STN's network needs 32
-    core = s.data=='SVHN' and s.n_valid and where.folder!='fake'
+    core = s.data=='SVHN' and s.n_train and where.folder!='fake' # reduced SVHN, searched or trained on, is a part of the core
     sets = [(small(x, size) if x.shape[-1]!=size else x,y) for x,y in split(read('SVHN-core' if core else s.data, where), s, seed)]
     level = sets[0][0][:50_000].float()/255
     mean,std = level.mean((0,2,3)).tolist(),level.std((0,2,3)).tolist()

@@ -7,8 +7,8 @@
 
 tables.py holds the settings and the published figures. Each seed is a search and a training with that seed and with a split of its own, so a
 standard deviation is that of both; the paper does not say which it is. Errors are those after the last epoch. Small means: 16 pixels, a small
-network in bfloat16 (models.py), a quarter of a reduced set and a tenth of the others, 800 steps, and α' by the package's rule, 90 over the number
-of hyper-steps. Results are lines of results/paper/SCALE.jsonl, schedules lie beside them. A run that was killed goes on where it was: what is
+network in bfloat16 (models.py), a quarter of a reduced set and a tenth of the others, 800 steps, and α' = 0.1, at which the package's rule (90 over
+the number of hyper-steps) ends. Results are lines of results/paper/SCALE.jsonl, schedules lie beside them. A run that was killed goes on where it was: what is
 finished is not done again, and the rest goes on behind its last epoch.
     part, search, training, seed      what was done
     data                              what the images were; 'CIFAR-10 as JPEG' stands in for CIFAR-10
@@ -111,9 +111,10 @@ class KeptRates(STNRates):
 
 def at_steps(lr, pct:float) -> float: return lr*0.1**sum(pct>o/270-1e-6 for o in (90,180,240))
 
-def learner(s, where, scale, seed):
-    "A Learner of a setting: SGD with momentum 0.9, whose weight decay is a part of the gradient and acts on all weights, as torch's does"
-    set_seed(seed)
+def learner(s, where, scale, seed, weights):
+    """A Learner on the split `seed`, whose weights are those of the seed `weights`: SGD with momentum 0.9, whose weight decay is a part of the gradient
+    and acts on all weights, as torch's does"""
+    set_seed(weights)
     dls = loaders(s, where, scale, seed)
     net = getattr(MODELS[s.model], 'small' if scale=='small' else 'full')(len(dls.vocab))
     if scale=='full' and not torch.cuda.is_available(): net = Bfloat16(net) # less than half of the time on a processor with AMX
@@ -146,7 +147,7 @@ def judged(learn, i, prefix='') -> dict:
 
 def search(row, s, where, scale, seed, files) -> dict:
     "The search of a row: its figures; its schedule is saved"
-    learn = learner(s, where, scale, seed)
+    learn = learner(s, where, scale, seed, seed)
     form = dict(hlr=s.hlr, strategy=s.strategy, sigma=s.sigma, seed=seed, checkpoint=files('search.pth'), resume=True)
     if s.schedule=='stn': form.update(policy=stn_policy(), start=None, warmup=0.01) # 5 epochs of 500 pass before λ moves; it starts where STN's does
     hba = HBACallback.paper(**form)
@@ -156,7 +157,7 @@ def search(row, s, where, scale, seed, files) -> dict:
 
 def training(row, s, where, scale, seed, files) -> dict:
     "A training under the schedule of the row's search with the same seed"
-    learn = learner(s, where, scale, seed+1000) # other weights than those of the search
+    learn = learner(s, where, scale, seed, seed+1000) # the images of the search, other weights
     cb = ScheduleCallback(files('schedule'), seed=seed)
     return {**fit(learn, s, cb, files, GoesOn(files('training.pth'), cb)), **judged(learn, 1)}
 

@@ -84,6 +84,20 @@ def test_the_split_of_the_ablations():
     both,again = (set(y.tolist()) for _,y in images.split(sets, s._replace(n_train=400, n_valid=0), 3))
     assert both==train|val0 and again==val and len(train|val0|val)==500
 
+@pytest.mark.parametrize('name', ['10 cifar10_wrn-40-2_bn','3 reduced_cifar10'])
+def test_a_schedule_is_replayed_on_the_split_that_it_was_found_on(name, tmp_path, monkeypatch):
+    "No image by which a replay is judged was seen by its search"
+    ablation,(fit,sets) = name[:2]=='10',(paper.fit,[])
+    monkeypatch.setattr(paper, 'scaled', lambda s, scale: s._replace(bs=4, n_train=16 if s.n_valid or not ablation else 24, n_valid=8*bool(s.n_valid),
+                                                                     epochs=1, hlr=None))
+    def kept(learn, *args):
+        sets.append([{tuple(x[:,0,:4].flatten().tolist()) for x in dl.dataset.x} for dl in learn.dls.loaders])
+        return fit(learn, *args)
+    monkeypatch.setattr(paper, 'fit', kept)
+    paper.run(ROWS[name], images.Where('fake'), 'small', [0], tmp_path, tmp_path/'work')
+    (train,val0,val),(again,judged) = sets
+    assert judged==val and again==(train|val0 if ablation else train) and not (train|val0)&judged
+
 def test_the_rate_of_imagenet_falls_at_epochs_90_180_and_240():
     rate = [paper.at_steps(0.1, e/270) for e in (0,89.9,90.01,179.9,180.01,239.9,240.01,269)]
     assert rate==pytest.approx([0.1,0.1,0.01,0.01,1e-3,1e-3,1e-4,1e-4])
