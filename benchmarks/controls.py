@@ -4,9 +4,9 @@
 
 Tasks: wrn16 is WRN-16-1 in bfloat16 on 4,000/10,000/10,000 images of CIFAR-10 JPEG; small is WRN-10-1 on the same at 16 pixels.
 Batch 128, SGD as in the paper's Table 8.
-Each run appends a line to results/controls/TASK_EPOCHSep.jsonl; the table is results/controls.md. Seconds are CPU seconds of a process with one thread.
+Each run appends a line to results/controls/TASK_EPOCHSep.jsonl, a search saves its schedule in results/schedules; the table is results/controls.md. Seconds are CPU seconds of a process with one thread.
 """
-import argparse,gc,time
+import argparse,gc,sys,time
 import torch
 from fastai.callback.all import *
 from fastai.learner import Learner
@@ -52,12 +52,23 @@ ARMS = { # name: what, Cutout?, search-free policy, with black holes as torchvis
   'letter': ("+ HBA as in the paper, α' = 0.03, search", True, None), 'letter_replay': ("+ the same, replayed", True, None),
   'paper': ("+ HBA in the paper's form, α' = 0.1, search", True, None), 'paper_replay': ("+ the same, replayed", True, None)}
 
+SEARCHES = 'hba','sparing','paper','letter'
+
+def file_of(task, epochs, arm, seed): return RESULTS/'schedules'/f'{task}_{epochs}ep_{arm}_seed{seed}.json'
+
+def check_schedules(task, epochs, arms, seeds, done):
+    "End with one sentence where a replay needs the schedule of a search that is done, and it is not there"
+    of = {'replay': 'hba', 'shuffled': 'hba', 'random': 'hba', **{f'{a}_replay': a for a in SEARCHES[1:]}}
+    for f,arm,seed in ((file_of(task, epochs, of[arm], s),of[arm],s) for s in seeds for arm in arms if arm in of and (arm,s) not in done):
+        if (arm,seed) in done and not f.exists():
+            sys.exit(f"The search {arm} of seed {seed} is done and its schedule {f.name} is missing: remove its line from {task}_{epochs}ep.jsonl, to search again")
+
 def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
     "One training -> its line in the result file"
     size,net = TASKS[task]
     _,cut,free = ARMS[arm]
     sets = [(x if size==32 else small(x, size),y) for x,y in reduced_cifar(seed)]
-    found = lambda a: Schedule.load(RESULTS/'schedules'/f'{task}_{epochs}ep_{a}_seed{seed}.json')
+    found = lambda a: Schedule.load(file_of(task, epochs, a, seed))
     search = {'hba': lambda: HBACallback(seed=seed), 'sparing': lambda: HBACallback(seed=seed, sparing=True), 'letter': lambda: HBACallback.paper(seed=seed),
               'paper': lambda: HBACallback.paper(seed=seed, hlr=None, floor=0.001)}.get(arm)
     replay = {'fixed': fixed, 'pba': lambda: Schedule.from_pba(PUBLISHED, epochs=200), 'replay': lambda: found('hba'),
@@ -72,11 +83,17 @@ def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
     learn.fit(epochs, lr, cbs=[ParamScheduler({'lr': SchedCos(lr, 0.)}), NoValid(), *([cb] if cb else [])])
     t = time.process_time()-t
     if search:
-        f = RESULTS/'schedules'/f'{task}_{epochs}ep_{arm}_seed{seed}.json'
-        f.parent.mkdir(parents=True, exist_ok=True)
-        cb.schedule.save(f)
+        file_of(task, epochs, arm, seed).parent.mkdir(parents=True, exist_ok=True)
+        cb.schedule.save(file_of(task, epochs, arm, seed))
     return dict(arm=arm, seed=seed, test_error=error_on(learn, learn.dls[2]), valid_error=error_on(learn, learn.dls[1]), cpu_seconds=round(t, 1),
                 **({'drawn': 'batch'} if free else {}))
+
+def again(task, epochs, rs) -> list:
+    "Commands that run the lines `rs` of a table again, one for each day and version of torch"
+    days,unique = {},lambda v: ' '.join(map(str, dict.fromkeys(v)))
+    for key,r in rs.items(): days.setdefault(tuple(r['environment'][k] for k in ('date','torch','machine')), []).append(key)
+    return [f"`python controls.py --task {task} --epochs {epochs} --seeds {unique(sorted(s for _,s in keys))} --arms {unique(a for a,_ in keys)}`, "
+            f"{day}, torch {version}, {machine}, one thread.  " for (day,version,machine),keys in days.items()]
 
 def table():
     "All results as Markdown: mean and standard error over seeds, and the paired difference from the replayed schedule"
@@ -86,7 +103,7 @@ def table():
         task,epochs = f.stem.split('_')
         seeds = sorted({s for _,s in rs})
         out += [f"**{task}**, {epochs.removesuffix('ep')} epochs, seeds {', '.join(map(str, seeds))}", '',
-                '| training | test error % | minus that of the replay, paired | CPU s |', '| --- | --- | --- | --- |']
+                '| training | test error % | minus that of the replay, paired | CPU s | run on |', '| --- | --- | --- | --- | --- |']
         for arm,(what,_,free) in ARMS.items():
             r = [rs[arm,s] for s in seeds if (arm,s) in rs]
             if not r: continue
@@ -95,10 +112,12 @@ def table():
             pm = lambda v,sign='': f'{{:{sign}.2f}} ± {{:.2f}}'.format(*mean_se(v)) if len(v)>1 else f'{v[0]:{sign}.2f}'
             missing = '' if len(r)==len(seeds) else f' ({len(r)} of {len(seeds)} seeds)'
             difference = pm(d, '+') if d and arm!='replay' else ''
-            out.append(f"| {what} | {pm([o['test_error'] for o in r])}{missing} | {difference} | {np.mean([o['cpu_seconds'] for o in r]):.0f} |")
-        e = next(reversed(rs.values()))['environment']
-        out += ['', f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
-    return '\n'.join(['The same training for all; mean ± standard error over seeds. Validation images are used by the searches alone.', '', *out])
+            days = ', '.join(sorted({o['environment']['date'] for o in r}))
+            out.append(f"| {what} | {pm([o['test_error'] for o in r])}{missing} | {difference} | {np.mean([o['cpu_seconds'] for o in r]):.0f} | {days} |")
+        out += ['', *again(task, epochs.removesuffix('ep'), rs), '']
+    return '\n'.join(['The same training for all; mean ± standard error over seeds. Validation images are used by the searches alone.',
+        'A search is of the package of its day: the "HBA, search" of 40 epochs and its replay made a hyper-step every 2 optimizer steps and had no pull,',
+        'those with `sparing` and those of 200 epochs one every 4, and a pull of 0.4.', '', *out])
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
@@ -113,10 +132,12 @@ if __name__=='__main__':
     k,n = map(int, a.worker.split('/'))
     f = OUT/f'{a.task}_{a.epochs}ep.jsonl'
     f.parent.mkdir(parents=True, exist_ok=True)
-    order = sorted(a.arms, key=lambda o: o not in ('hba','sparing','paper','letter')) # searches first, the rest may need their schedules
+    order = sorted(a.arms, key=lambda o: o not in SEARCHES) # searches first, the rest may need their schedules
+    done = lambda: {(r['arm'],r['seed']) for r in map(json.loads, f.read_text().splitlines())} if f.exists() else set()
+    if not a.table: check_schedules(a.task, a.epochs, order, a.seeds[k::n], done())
     for seed in [] if a.table else a.seeds[k::n]:
         for arm in order:
-            if f.exists() and any(r['arm']==arm and r['seed']==seed for r in map(json.loads, f.read_text().splitlines())): continue
+            if (arm,seed) in done(): continue
             r = run(a.task, arm, seed, a.epochs)
             with f.open('a') as o: o.write(json.dumps({**r, 'environment': environment()})+'\n')
             print(r, flush=True)
