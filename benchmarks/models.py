@@ -37,14 +37,16 @@ def head(width, c): return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(wid
 # --- Shake-Shake 26 2xWd
 
 class Halves(nn.Module):
-    "The shortcut where the size halves: two samplings of the image, one moved by a pixel, each into half of the channels"
-    def __init__(self, a, b):
+    "The shortcut where the number of channels changes: the image at a stride, and moved by a pixel, each into half of the channels"
+    def __init__(self, a, b, stride):
         super().__init__()
+        self.stride = stride
         self.left,self.right,self.bn = conv1(a, b//2),conv1(a, b//2),nn.BatchNorm2d(b)
     def forward(self, x):
         x = F.relu(x)
         moved = F.pad(x, (0,1,0,1))[...,1:,1:]
-        return self.bn(torch.cat([self.left(x[...,::2,::2]),self.right(moved[...,::2,::2])], 1))
+        at = (...,slice(None, None, self.stride),slice(None, None, self.stride))
+        return self.bn(torch.cat([self.left(x[at]),self.right(moved[at])], 1))
 
 class ShakeBlock(nn.Module):
     "Two branches, mixed at random for each image, by other numbers forward and backward"
@@ -52,7 +54,7 @@ class ShakeBlock(nn.Module):
         super().__init__()
         branch = lambda: nn.Sequential(nn.ReLU(), conv3(a, b, stride), nn.BatchNorm2d(b), nn.ReLU(), conv3(b, b), nn.BatchNorm2d(b))
         self.one,self.two = branch(),branch()
-        self.short = Halves(a, b) if stride==2 else nn.Sequential(conv1(a, b), nn.BatchNorm2d(b)) if a!=b else nn.Identity()
+        self.short = Halves(a, b, stride) if a!=b else nn.Identity()
     def forward(self, x):
         one,two = self.one(x),self.two(x)
         if not self.training: return self.short(x) + (one+two)/2
