@@ -4,7 +4,8 @@
 
 Tasks: wrn16 is WRN-16-1 in bfloat16 on 4,000/10,000/10,000 images of CIFAR-10 JPEG; small is WRN-10-1 on the same at 16 pixels.
 Batch 128, SGD as in the paper's Table 8.
-Each run appends a line to results/controls/TASK_EPOCHSep.jsonl, a search saves its schedule in results/schedules; the table is results/controls.md. Seconds are CPU seconds of a process with one thread.
+Each run appends a line to results/controls/TASK_EPOCHSep.jsonl, a search saves its schedule in results/schedules; the table is
+results/controls.md. Seconds are CPU seconds of a process with one thread.
 """
 import argparse,gc,sys,time
 import torch
@@ -61,7 +62,8 @@ def check_schedules(task, epochs, arms, seeds, done):
     of = {'replay': 'hba', 'shuffled': 'hba', 'random': 'hba', **{f'{a}_replay': a for a in SEARCHES[1:]}}
     for f,arm,seed in ((file_of(task, epochs, of[arm], s),of[arm],s) for s in seeds for arm in arms if arm in of and (arm,s) not in done):
         if (arm,seed) in done and not f.exists():
-            sys.exit(f"The search {arm} of seed {seed} is done and its schedule {f.name} is missing: remove its line from {task}_{epochs}ep.jsonl, to search again")
+            sys.exit(f"The search {arm} of seed {seed} is done and its schedule {f.name} is missing: "
+                     f"remove its line from {task}_{epochs}ep.jsonl, to search again")
 
 def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
     "One training -> its line in the result file"

@@ -22,7 +22,6 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.data.transforms import get_image_files
 from fastai.torch_core import get_model,to_float
 from fastai.vision.core import TensorImage
 from .balance import hold_out,restricted

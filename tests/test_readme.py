@@ -25,8 +25,10 @@ def write_images(folder, images, labels):
         f.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(x.permute(1,2,0).numpy()).save(f)
 
+SHORTER = (r'((?:fit|fit_one_cycle|fine_tune)\()\d+', r'\g<1>3'),(r'bs=\d+', 'bs=32'),(r'Resize\(\d+\)', 'Resize(16)'),(r'k=\d+', 'k=2')
+
 def shorter(block):
-    for long,short in ((r'((?:fit|fit_one_cycle|fine_tune)\()\d+', r'\g<1>3'), (r'bs=\d+', 'bs=32'), (r'Resize\(\d+\)', 'Resize(16)'), (r'k=\d+', 'k=2')): block = re.sub(long, short, block)
+    for long,short in SHORTER: block = re.sub(long, short, block)
     return block
 
 def small(dls, arch, **kwargs):
