@@ -45,6 +45,12 @@ def refuse_callbacks(learn:Learner):
         why = "a population brings its own" if isinstance(cb, PolicyCallback) else first(v for k,v in NOT_IN_A_MEMBER.items() if isinstance(cb, k))
         if why: raise ValueError(f"The Learner of make_learner has {type(cb).__name__} and {why}: leave it out, `pop.frame()` has the losses of all")
 
+def _refuse_without_valid(dls):
+    "Raise where there is nothing to compare members by"
+    if len(dls.loaders)<2 or hasattr(dls.valid_ds, '__len__') and not len(dls.valid_ds):
+        raise ValueError("Members of a population are compared by their validation loss and the Learner of make_learner has no validation data: "
+            "make its `dls` with a `valid_pct` above 0")
+
 # %% ../nbs/07a2a_alike.ipynb #20ecefba
 def _shared(learns:list):
     "Raise where two members have an object in common that trains"
@@ -57,6 +63,7 @@ def _shared(learns:list):
 def check_alike(learns:list) -> dict: # The facts
     "Raise unless members can be compared and copied"
     for l in learns: refuse_callbacks(l)
+    _refuse_without_valid(learns[0].dls)
     _shared(learns)
     of = [dict(facts(l), callbacks=[type(cb).__name__ for cb in l.cbs]) for l in learns]
     for i,o in enumerate(of):

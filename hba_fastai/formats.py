@@ -9,6 +9,7 @@ __all__ = ['PBA_OPS', 'LEVELS', 'FILE', 'LINE', 'ELSEWHERE', 'magnitude', 'read_
 
 # %% ../nbs/04c_formats.ipynb #97d655e3
 import ast,json,re,warnings
+from numbers import Integral
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -37,7 +38,7 @@ def _literal(line:str):
     try: return json.loads(line)
     except (ValueError,RecursionError): return ast.literal_eval(line)
 
-def _whole(n, end:int) -> bool: return isinstance(n, int) and not isinstance(n, bool) and 0<=n<=end
+def _whole(n, end:int) -> bool: return isinstance(n, Integral) and not isinstance(n, bool) and 0<=n<=end
 
 def _policy(config) -> list:
     "The 60 numbers of a policy"
@@ -61,7 +62,7 @@ def _updates(fname) -> list:
     if len(data)>FILE: raise ScheduleError(f"{fname} has more than {FILE:,} bytes, which no PBA schedule has: give the file of a schedule")
     out = []
     for i,line in enumerate(data.splitlines(), 1):
-        try: out += [_update(line.decode())] if line.strip() else []
+        try: out += [_update(line.decode('utf-8-sig'))] if line.strip() else []
         except ValueError as e: raise ScheduleError(f"{fname} is no PBA schedule, because of line {i}: {e}") from None
     return out
 

@@ -16,8 +16,8 @@ from .pixels import OP
 
 # %% ../nbs/01b_kernels.ipynb #ad38d1ea
 def fused(v:Tensor, row:Tensor) -> bool:
-    "Can these kernels work on grey levels `v` (B,C,H,W), nearest pixel (integer `row`)?"
-    return triton is not None and v.is_cuda and v.shape[1] in (1,3) and not row.is_floating_point()
+    "Can these kernels work on grey levels `v` (B,C,H,W), whose sum over an image fits into int32, nearest pixel (integer `row`)?"
+    return triton is not None and v.is_cuda and v.shape[1] in (1,3) and 255*v[0,0].numel()<2**31 and not row.is_floating_point()
 
 # %% ../nbs/01b_kernels.ipynb #88c1c0ec
 BLOCK = 1024 # pixels of a program

@@ -28,6 +28,12 @@ def test_the_published_schedules(name):
     assert [n for n,_ in segments]==FILES[name][1] and sum(FILES[name][1])==epochs
     assert segments[0][1]==[0]*60 and all(len(ints)==60 for _,ints in segments)
 
+@pytest.mark.filterwarnings(BEYOND, 'ignore:.*do not reach the magnitudes')
+def test_a_byte_order_mark_and_numbers_of_numpy(tmp_path):
+    f = random_schedule().to_pba(tmp_path/'f.txt', epochs=np.int64(4))
+    (tmp_path/'g.txt').write_bytes(b'\xef\xbb\xbf'+f.read_bytes())
+    assert read_pba(tmp_path/'g.txt', np.int64(4))==read_pba(f, 4)
+
 def test_the_order_of_the_operations_is_that_of_pba():
     "As its source fixes it since https://github.com/arcelien/pba/issues/20"
     assert PBA_OPS==['Rotate','TranslateX','TranslateY','Brightness','Color','Invert','Sharpness','Posterize','ShearX','Solarize','ShearY','Equalize',

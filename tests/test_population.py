@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest, torch
 from fastai.callback.core import Callback,CancelFitException
+from fastai.data.core import DataLoaders
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.callback.tracker import EarlyStoppingCallback,ReduceLROnPlateau,SaveModelCallback
@@ -203,6 +204,7 @@ BAD = { # arguments of `population`, and of its fit; error, and what it says
     'n': (dict(n=1), ValueError, 'n=1 is the number of members'),
     'no function': (dict(make=SAME), TypeError, 'make_learner is a Learner'),
     'no learner': (dict(make=small_net), TypeError, 'gives a Sequential'),
+    'nothing to compare by': (dict(make=lambda: Learner(DataLoaders(DLS.train), small_net())), ValueError, 'no validation data: make its `dls`'),
     'one object': (dict(make=lambda: SAME), ValueError, 'the same (Learner|Sequential|Watch|TrainEvalCallback) twice'),
     'one model': (dict(make=lambda: Learner(DLS, SAME.model)), ValueError, 'the same Sequential twice'),
     'one callback': (dict(make=lambda: Learner(DLS, small_net(), cbs=SAME.cbs[-1])), ValueError, 'the same Watch twice'),
