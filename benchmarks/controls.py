@@ -60,10 +60,11 @@ def file_of(task, epochs, arm, seed): return RESULTS/'schedules'/f'{task}_{epoch
 def check_schedules(task, epochs, arms, seeds, done):
     "End with one sentence where a replay needs the schedule of a search that is done, and it is not there"
     of = {'replay': 'hba', 'shuffled': 'hba', 'random': 'hba', **{f'{a}_replay': a for a in SEARCHES[1:]}}
-    for f,arm,seed in ((file_of(task, epochs, of[arm], s),of[arm],s) for s in seeds for arm in arms if arm in of and (arm,s) not in done):
-        if (arm,seed) in done and not f.exists():
-            sys.exit(f"The search {arm} of seed {seed} is done and its schedule {f.name} is missing: "
-                     f"remove its line from {task}_{epochs}ep.jsonl, to search again")
+    for s in seeds:
+        for a in (of[a] for a in arms if a in of and (a,s) not in done):
+            f = file_of(task, epochs, a, s)
+            if (a,s) in done and not f.exists(): sys.exit(f"The search {a} of seed {s} is done and its schedule {f.name} is missing: "
+                f"remove its line from {task}_{epochs}ep.jsonl, to search again")
 
 def run(task, arm, seed, epochs, lr=0.05, wd=0.005):
     "One training -> its line in the result file"

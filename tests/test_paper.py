@@ -228,3 +228,10 @@ def test_a_random_schedule_has_the_same_strength():
     of = lambda s: [part.sort(1).values for part in ((s.table-sp.lo)/(sp.hi-sp.lo)).split([n,len(sp)-n], 1)]
     dealt = controls.random_like(found, 0)
     assert all(torch.allclose(a, b, atol=1e-9) for a,b in zip(of(dealt), of(found))) and not torch.allclose(dealt.table, found.table, atol=1e-3)
+
+def test_a_replay_without_its_schedule_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(controls, 'RESULTS', tmp_path)
+    check = lambda arms,done: controls.check_schedules('wrn16', 200, arms, [0], done)
+    with pytest.raises(SystemExit, match='schedule wrn16_200ep_hba_seed0.json is missing'): check(['hba','replay'], {('hba',0)})
+    check(['hba','replay'], set()) # it will be searched first
+    check(['hba','replay'], {('hba',0),('replay',0)})
