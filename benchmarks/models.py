@@ -43,10 +43,10 @@ class Halves(nn.Module):
         self.stride = stride
         self.left,self.right,self.bn = conv1(a, b//2),conv1(a, b//2),nn.BatchNorm2d(b)
     def forward(self, x):
+        s = self.stride
         x = F.relu(x)
         moved = F.pad(x, (0,1,0,1))[...,1:,1:]
-        at = (...,slice(None, None, self.stride),slice(None, None, self.stride))
-        return self.bn(torch.cat([self.left(x[at]),self.right(moved[at])], 1))
+        return self.bn(torch.cat([self.left(x[...,::s,::s]),self.right(moved[...,::s,::s])], 1))
 
 class ShakeBlock(nn.Module):
     "Two branches, mixed at random for each image, by other numbers forward and backward"

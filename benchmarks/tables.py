@@ -201,12 +201,16 @@ def compared(table:str, folder=RESULTS/'paper') -> str:
         out.append(f"| `{name}` | {published} | {row.hours} | {errors_of(whole)} | {errors_of(few)} | {cost_of(few)} | {state_of(row, whole, few)} |")
     return '\n'.join([*out, '', f'`python benchmarks/paper.py --table {table} --row ROW --data FOLDER`, in small with `--scale small --data jpeg`.'])
 
+def alike(lines, *keys) -> bool:
+    "Have the settings of all lines the same `keys`?"
+    return len({tuple(l['setting'][k] for k in keys) for l in lines})==1
+
 def cost_of(r) -> str:
     "Of a search: its seconds, what it holds for a backward pass, and its seconds per image over those of the training, if that is of the same network"
     if not r['search']: return ''
     mean = lambda part,f: statistics.mean(f(l) for l in r[part])
     each = lambda part: mean(part, lambda l: l['seconds']/l['images_seen'])
-    ratio = f"; {each('search')/each('training'):.2f}" if len({l['setting']['model'] for l in (*r['search'],*r['training'])})==1 and r['training'] else ''
+    ratio = f"; {each('search')/each('training'):.2f}" if r['training'] and alike([*r['search'],*r['training']], 'model') else ''
     return f"{mean('search', lambda l: l['seconds']):.0f} s; {mean('search', lambda l: l['memory']):.0f} MiB{ratio}"
 
 # --- what the paper concludes: a row against its reference, seed by seed
@@ -245,8 +249,8 @@ def contrasts(table, scale='small', folder=RESULTS/'paper') -> str:
         d,theirs = interval(v),number(row.error)-number(other.error) if row.error else None
         time = f'; {number(row.hours)/number(other.hours):.2f}' if row.hours else ''
         mean = lambda r,k: statistics.mean(l[k] for l in of_row(r, lines)['search'])
-        alike = len({tuple(of_row(r, lines)['search'][0]['setting'][k] for k in ('model','n_train')) for r in (row,other)})==1
-        ratios = [f'{mean(row, k)/mean(other, k):.2f}' if alike else '' for k in ('seconds','memory')]
+        same = alike([l for r in (row,other) for l in of_row(r, lines)['search']], 'model', 'n_train')
+        ratios = [f'{mean(row, k)/mean(other, k):.2f}' if same else '' for k in ('seconds','memory')]
         published = 'none' if theirs is None else f'{theirs:+.2f}{time}'
         says = '' if theirs is None else agrees(d, theirs)
         out.append(f"| `{name}` | {published} | {d[0]:+.2f} ± {d[1]:.2f} ({len(v)}) | {' | '.join(ratios)} | {says} |")

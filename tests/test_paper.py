@@ -87,7 +87,7 @@ def test_the_split_of_the_ablations():
 @pytest.mark.parametrize('name', ['10 cifar10_wrn-40-2_bn','3 reduced_cifar10'])
 def test_a_schedule_is_replayed_on_the_split_that_it_was_found_on(name, tmp_path, monkeypatch):
     "No image by which a replay is judged was seen by its search"
-    ablation,(fit,sets) = name[:2]=='10',(paper.fit,[])
+    ablation,sets,fit = name[:2]=='10',[],paper.fit
     monkeypatch.setattr(paper, 'scaled', lambda s, scale: s._replace(bs=4, n_train=16 if s.n_valid or not ablation else 24, n_valid=8*bool(s.n_valid),
                                                                      epochs=1, hlr=None))
     def kept(learn, *args):
