@@ -4,7 +4,7 @@
     python benchmarks/cheap_steps.py --cost                      # writes results/cheap_steps/cost.json
     python benchmarks/cheap_steps.py --table                     # writes results/cheap_steps.md
 
-The arms differ in hyper-steps alone: training steps between them, steps of λ in each, images. While λ rests they are the same fit, so
+The arms differ in hyper-steps alone: training steps between them, steps of λ in each, images. While λ is frozen they are the same fit, so
 the process forks where the rest ends, and each arm goes on from there as a fit of its own would. λ is not pulled to its start, so that
 what is compared is what the hypergradients say. Each arm appends one line to
 results/cheap_steps/TASK.jsonl. The place and the lead of the planted operation are by dose (see planted.py); the lead is
@@ -162,7 +162,7 @@ def phases(c):
     return dict(policy=float(np.median(c['steps']['replay'])), response=response, **{a: response*(1+float(np.median(c['hyper'][a]))) for a in ARMS})
 
 def whole(of, arm, until=1.):
-    "Time of a fit ÷ a plain one: λ rests to 30%, hyper-steps until `until`, then the policy alone; `of`: see `phases`"
+    "Time of a fit ÷ a plain one: λ is frozen to 30%, hyper-steps until `until`, then the policy alone; `of`: see `phases`"
     return 0.3*of['response'] + (until-0.3)*of[arm] + (1-until)*of['policy']
 
 # --- the table
@@ -185,7 +185,7 @@ def effect_row(arm, runs):
 
 EFFECT = ['arm','training steps between','steps of λ','batch','runs','first','first three','places, per shift',
           'lead, bits','against T2','test error %','against T2']
-COST = ['arm','hyper-step ÷ training step','step with hyper-steps','fit','fit, λ at rest from 60%']
+COST = ['arm','hyper-step ÷ training step','step with hyper-steps','fit','fit, λ frozen from 60%']
 
 def table():
     "All results as Markdown"

@@ -50,7 +50,7 @@ def ratios(model, rounds, batches, device, whole):
     start = Schedule([0.], PBASpace().values(PBASpace().start(0.05))[None])
     search = lambda *a, **k: lambda: HBACallback(*a, seed=0, warmup=0., **k)
     main = {'plain again': lambda: None, 'first_bn': search()}
-    if whole: main['the default: first_bn, λ rests in the first 30%'] = lambda: HBACallback(seed=0)
+    if whole: main['the default: first_bn, λ is frozen in the first 30%'] = lambda: HBACallback(seed=0)
     arms = main if whole else {**main, **{s: search(s) for s in STRATEGIES[1:]},
                                'first_bn, conditioned on λ': search(condition='lambda'),
                                'replay': lambda: ScheduleCallback(start, seed=0)}

@@ -1,4 +1,4 @@
-"""Batch norm with a weight and a bias for each sample, at the price of the plain one
+"""Batch norm with a weight and a bias for each sample, at 1.4 to 1.8 times the cost of the plain one
 
 Docs: https://hba-fastai.github.io/hba-fastai/batchnorm.html.md"""
 

@@ -15,9 +15,9 @@ from fastai.learner import ValueMetric
 from .stream import inner_dl
 
 # %% ../nbs/06f0_clock.ipynb #da7282a4
-def default_hlr(n_steps:float) -> float:
-    "α' for `n_steps` hyper-steps: the paper's rates times their numbers of steps are 44 to 94 (Table 8), so 90/n, within [0.003, 0.1]"
-    return min(max(90/max(n_steps, 1), 0.003), 0.1)
+def default_hlr(n_moves:float) -> float: # Moves of λ in the course: hyper-steps times `moves`
+    "α' for `n_moves`: the paper's rates times their numbers of hyper-steps are 43 to 94 (Table 8), so 90/n, within [0.003, 0.1]"
+    return min(max(90/max(n_moves, 1), 0.003), 0.1)
 
 def steps_per_epoch(learn) -> float:
     "Optimizer steps of an epoch of `learn`"

@@ -103,7 +103,7 @@ def _normalised(self:HyperLayer, x):
     finally: self.layer._modules.update(acts)
 
 @patch
-def _scaled(self:HyperLayer, x):
+def _scaled_output(self:HyperLayer, x):
     "Output of a layer that scales and shifts: each sample by its own numbers (Eq. 26)"
     term = lambda k: self._channels(getattr(self.layer,k), x) + self._scale(k, x)*self._channels(self.U[k], x)
     terms = [term(k) for k in self.U]
@@ -123,7 +123,7 @@ def forward(self:HyperLayer, x):
     if len(self.z) not in (1,len(x)):
         raise ValueError(f"The hyper-layer `{self.name}` got a batch of {len(x)} and the augmentation was drawn for "
                          f"{len(self.z)} samples: choose a strategy whose layers come before the batch dimension changes")
-    if self.scales: return self._scaled(x)
+    if self.scales: return self._scaled_output(x)
     with holding(self.layer, **{k: self.U[k] if k=='weight' else None for k in self.U}): u = self.plain(x)
     out = torch.addcmul(self.plain(x), self._scale('weight', u), u) # Eq. 20, 24
     if 'bias' not in self.U: return out

@@ -1,4 +1,4 @@
-"""Which samples of a batch get which of the 15 operations, and in what order, as the device likes it
+"""Which samples of a batch get which of the 15 operations, in an order that suits the device
 
 Docs: https://hba-fastai.github.io/hba-fastai/ops.html.md"""
 
@@ -61,7 +61,7 @@ def on_samples(
 
 # %% ../nbs/01c_ops.ipynb #09580657
 # tables, from 0 on so that `spans` hold within their part too; geometric, Color, Sharpness, Cutout
-RANK = [*range(7,12),*range(6),12,6,13,14]
+RANK = [[*TABLE,*GEOMETRIC,'Color','Sharpness','Cutout'].index(o) for o in OP_NAMES]
 
 def by_kernel(codes) -> list:
     "The samples that have an operation, those of one kernel side by side"

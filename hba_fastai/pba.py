@@ -54,7 +54,7 @@ def _colour(fill) -> Tensor|None:
 
 class Operations(Policy):
     "A policy whose `draw` gives the operations of each image"
-    on_bytes,bound = True,False # `bound`: for images of one kind
+    on_bytes,is_bound = True,False # `is_bound`: to images of one kind, see `bind`
     def __init__(self,
         fill=None,           # Colour of holes, in [0,1]: one number or one per channel; None: the mean of the data
         bilinear:bool=False, # Interpolate in the geometric operations instead of taking the nearest pixel
@@ -69,7 +69,7 @@ class Operations(Policy):
         "This policy for images of such data: holes in their mean colour, unless it has its own"
         policy = super().bind(data)
         if self.fill is None and data.mean is not None: policy.fill = data.mean.float().clone()
-        policy.bound = True
+        policy.is_bound = True
         return policy
 
     def for_size(self, drawn:Draw, h:int, w:int) -> Draw: return drawn # for images of `h` by `w` pixels
@@ -84,9 +84,9 @@ class Operations(Policy):
     def colour_for(self, x) -> Tensor:
         "The colour of holes; without one the mean of the first batch, which a policy that is bound to data keeps with its buffers"
         if self.fill is not None: return self.fill
-        if not self.bound and x.shape[1] in self.seen: return self.seen[x.shape[1]]
+        if not self.is_bound and x.shape[1] in self.seen: return self.seen[x.shape[1]]
         mean = from_levels(to_levels(x), torch.float32).mean((0,2,3))
-        if self.bound: self.fill = mean
+        if self.is_bound: self.fill = mean
         else: self.seen[x.shape[1]] = mean
         return mean
 
@@ -173,7 +173,7 @@ def without(self:PBAPolicy, names, why:str) -> PBAPolicy:
 def bind(self:PBAPolicy, data:Data) -> PBAPolicy:
     "This policy for images of such data"
     policy = self._but(data.mean if self.fill is None else self.fill, self.skip)
-    policy.bound = True
+    policy.is_bound = True
     if data.fixed: policy = policy.without([*GEOMETRIC,'Cutout'], f"The geometric operations would shift images against their targets ({data.fixed})")
     if data.channels!=3: policy = policy.without(['Color'], f"Color needs RGB images and these have {data.channels} channels")
     return policy

@@ -74,7 +74,7 @@ class Population:
         self.policies = searched_policies(policy, skip, limits)
         store_attr('make_learner,n,every,judge,spread,seed,processes,checkpoint,resume')
         self.callback,self.sigma,self.lessons,self.rounds,self.members,self.logger = partial(callback, **given, **kwargs),0.,None,[],[],print
-        self.given = None # (Learner of the winner, number of rounds) when `best` was asked for last
+        self.best_given = None # (Learner of the winner, number of rounds) when `best` was asked for last
         self.settings = dict(kind=type(self).__name__, n=n, every=every, judge=judge, spread=spread, seed=seed, **settings)
 
     def donors(self, losses:list, until:int) -> list: # For each member the one whose copy it becomes; None: it stays
@@ -280,11 +280,11 @@ def best(self:Population) -> Learner:
     "The Learner of the winner, a plain one"
     m = self.members[self.winner]
     learn = m.learn or m.make()
-    if self.given!=(learn,len(self.rounds)): # else it may have trained on since
+    if self.best_given!=(learn,len(self.rounds)): # else it may have trained on since
         d = m.read()
         get_model(learn.model).load_state_dict(d['training']['model'])
         show_record(learn, d)
-        _schedules[learn],self.given = self.schedule,(learn,len(self.rounds))
+        _schedules[learn],self.best_given = self.schedule,(learn,len(self.rounds))
     return learn
 
 # %% ../nbs/07a3_population.ipynb #02bc2634
