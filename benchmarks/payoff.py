@@ -29,7 +29,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Normalize
 from common import RESULTS,NoValid,environment,made_by,mean_se,quiet
-from hba_fastai.all import HBACallback,OPS,PBAPolicy,Schedule,ScheduleCallback,TrivialAugmentWide,array_dls
+from hba_fastai.all import HBACallback,OPS,PBAPolicy,PolicyCallback,Schedule,ScheduleCallback,TrivialAugmentWide,array_dls
 from hba_fastai.data import digits
 from hba_fastai.session import digits_net
 from hba_fastai.space import GEOMETRIC,PBASpace
@@ -268,6 +268,9 @@ class Cell:
         net,hba = in_package(self.source, self.target, self.steps, self.seed, lambda dl: HBACallback(target=dl, seed=self.seed, **kwargs))
         if not kwargs: self.found = hba.schedule
         return net
+    def late_mixing(self, policy):
+        "The same program and weights as `one_fit`, without a search"
+        return in_package(self.source, self.target, self.steps, self.seed, lambda dl: PolicyCallback(policy, target=dl, seed=self.seed))[0]
     def reuse(self):
         if self.found is None: self.one_fit()
         seed = self.seed+1000
@@ -287,6 +290,8 @@ WITH_TARGET = { # arm: (what, Cell -> network)
   'late': ('target images in half of each batch from 60%', lambda c: c.mixed(since=0.6)),
   'late_trivial': ('target images in half of each batch from 60%, all under TrivialAugment', lambda c: c.mixed('trivial', since=0.6)),
   'late_start': ('target images in half of each batch from 60%, all under the start policy', lambda c: c.mixed('start', since=0.6)),
+  'late_mixing': ('`PolicyCallback(PBAPolicy(), target=...)`: the same, as the package has it', lambda c: c.late_mixing(PBAPolicy())),
+  'late_mixing_trivial': ('`PolicyCallback(TrivialAugmentWide(), target=...)`', lambda c: c.late_mixing(TrivialAugmentWide())),
   'one_fit': ('**`HBACallback(target=...)`**, one fit', lambda c: c.one_fit()),
   'reuse': ('**`ScheduleCallback(schedule, target=...)`**, the schedule of that fit', lambda c: c.reuse()),
   'sparing': ('the same fit with `sparing=True`', lambda c: c.one_fit(sparing=True)),
