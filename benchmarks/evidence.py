@@ -146,7 +146,7 @@ def observables(s) -> dict:
 def signals(g):
     g = torch.as_tensor(g)
     of = signal(g.sum(0), (g*g).sum(0), PBASpace())
-    return [round(of[o], 3) for o in OP_NAMES]
+    return [round(of.get(o, 0.), 3) for o in OP_NAMES]
 
 def counted(s) -> dict:
     "What the line of a search says of its series"

@@ -13,6 +13,7 @@ import warnings
 from contextlib import ExitStack
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 from fastai.basics import first,get_model
 from fastai.layers import NoneReduce
@@ -28,8 +29,9 @@ def by_operation(hba) -> pd.DataFrame:
     last,start = (hba.spare.acting(lam) for lam in (hba.lam.value, hba.points[0][1] if hba.points else hba.start))
     df = evidence(hba.lam.gradients(), hba.policies.space, last, start)
     moved = hba.net is None or any(v.abs().max()>0 for l in hba.net.layers for v in l.V.values())
-    for why in hindrances(hba.provenance, moved, len(hba.lam.series)): print(f'{why}.')
-    if not too_few(len(hba.lam.series)): print(in_words(df))
+    steps = len(hba.lam.series),int(df.z.notna().sum())
+    for why in hindrances(hba.provenance, moved, *steps): print(f'{why}.')
+    if not too_few(*steps): print(in_words(df))
     if hba.sparing: print(hba.spare.in_words())
     late = hba.schedule.provenance['until'] # of the whole course
     if hba.clock.until < hba.points[-1][0]: print(f"Whatever was found, target images took {hba.mix:.0%} of each batch after {late:.0%}.")
@@ -87,12 +89,14 @@ def table_of(y:Tensor, losses:Tensor, vocab:list|None) -> pd.DataFrame:
 
 # %% ../nbs/06f2_findings.ipynb #5b532624
 def harm_in_words(df:pd.DataFrame) -> str:
-    "What `table_of` says, in ASCII"
+    "What `table_of` says, in ASCII; a class is named by Student's t, with a chance of 5% that any is where nothing differs (Bonferroni)"
     mean = lambda c: (df[c]*df.images).sum()/df.images.sum()
-    worse = df[(df.change>2*df.error) & (df.change.round(3)>0)]
+    least = stats.t.ppf(1-0.05/len(df), (df.images-1).clip(lower=1))
+    worse = df[(df.change>least*df.error) & (df.change.round(3)>0)]
     head = f"Loss on the data of the hyper-steps, as the network responds: {mean('start'):.3f} under the start policy, {mean('end'):.3f} under the one found. "
-    if not len(worse): return head + f"None of {len(df)} classes is worse by more than twice its standard error."
-    return head + "Worse by more than twice the standard error: " + ', '.join(f"{c} by {r.change:.3f} ({r.error:.3f})" for c,r in worse.iterrows()) + '.'
+    if not len(worse): return head + f"None of {len(df)} classes is worse by more than chance explains."
+    names = ', '.join(f"{c} by {r.change:.3f} ({r.error:.3f})" for c,r in worse.iterrows())
+    return f"{head}Worse by more than chance explains, with the standard error: {names}."
 
 def by_class(hba) -> pd.DataFrame:
     "Say which classes are worse under the policy that was found than under the start's; for each its images, both losses, the change, its standard error"

@@ -25,10 +25,13 @@ LEVELS = { # operation: what level 0 means, and what ten levels add, in the unit
     **dict.fromkeys(ENHANCERS, (0.1,1.8)), 'Rotate': (0,30), 'ShearX': (0,0.3), 'ShearY': (0,0.3),
     'TranslateX': (0,10/32), 'TranslateY': (0,10/32), 'Posterize': (3.6,4), 'Cutout': (0,20/32)}
 
+def _at(o:str, level:int) -> float:
+    "What `level` of PBA means for operation `o` on 32 pixels, also beyond the range of `TABLE7`"
+    return level*256//10 + 0.5 if o=='Solarize' else LEVELS[o][0] + level*LEVELS[o][1]/10
+
 def magnitude(o:str, level:int) -> float|None:
     "The magnitude of operation `o` that does what `level` of PBA does to 32 pixels; None without magnitude"
-    if o=='Solarize': return level*256//10 + 0.5
-    if o in LEVELS: return min(LEVELS[o][0] + level*LEVELS[o][1]/10, TABLE7[o][1])
+    if TABLE7[o]: return min(_at(o, level), TABLE7[o][1])
 
 # %% ../nbs/04c_formats.ipynb #95c44f85
 FILE,LINE = 2**23,2**16 # most bytes and characters: a line has a few hundred, and there is one for every few epochs
@@ -117,7 +120,7 @@ def _means(schedule:Schedule, epochs:int) -> torch.Tensor: # (epochs,54)
 
 def _level(o:str, m:float) -> int:
     "The level of PBA whose magnitude is nearest; 0 without magnitude"
-    return min(range(10), key=lambda l: abs(magnitude(o, l)-m)) if TABLE7[o] else 0
+    return min(range(10), key=lambda l: abs(_at(o, l)-m)) if TABLE7[o] else 0
 
 def _segments(schedule:Schedule, epochs:int) -> list:
     "[(epochs, 60 numbers)] of a schedule over `epochs` epochs"
@@ -132,7 +135,7 @@ def _segments(schedule:Schedule, epochs:int) -> list:
 # %% ../nbs/04c_formats.ipynb #0eb65ec2
 def _half_step(o:str) -> float:
     "The farthest that a magnitude within the levels is from one of them"
-    m = [magnitude(o, l) for l in range(10)]
+    m = [_at(o, l) for l in range(10)]
     return max(b-a for a,b in zip(m, m[1:]))/2
 
 def _lost(schedule:Schedule, segments:list) -> list:

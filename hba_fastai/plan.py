@@ -50,8 +50,8 @@ def _asked(hba, learn, epochs:int) -> dict:
         what,counts,n = stream.what,stream.counts,epochs*len(learn.dls.train) # without what is held out
         steps,hlr = n_hyper_steps(hba, round(epochs*steps_per_epoch(learn))),rate(hba, learn, epochs)
     figures = dict(epochs=epochs, batches=n, hyper_steps=steps, hlr=hlr, surcharge=surcharge(hba, steps, n, len(chosen.layers)))
-    inactive = [o for o in skip if o not in hba.policies.skip]
-    return dict(**figures, n_layers=len(chosen.layers), responds=chosen.reason, inactive=inactive, data=what, classes=counts)
+    inactive,n_ops = [o for o in skip if o not in hba.policies.skip],len(hba.policies.space.groups())-len(skip)
+    return dict(**figures, operations=n_ops, n_layers=len(chosen.layers), responds=chosen.reason, inactive=inactive, data=what, classes=counts)
 
 # %% ../nbs/07a_plan.ipynb #5ca510f6
 def _images(classes:dict|None, what:str) -> str:
@@ -62,7 +62,7 @@ def _images(classes:dict|None, what:str) -> str:
 
 def _when(hba, epochs:int) -> str:
     first,last = hba.warmup*epochs,epochs if hba.target is None else hba.until*epochs
-    return f"one every {hba.T_train} optimizer steps from epoch {first:.3g} to {last:.3g} of {epochs}"
+    return f"{'one' if hba.T_val==1 else hba.T_val} every {hba.T_train} optimizer steps from epoch {first:.3g} to {last:.3g} of {epochs}"
 
 def _how(hba, hlr:float) -> str:
     "How a hyper-step moves λ"
@@ -80,7 +80,8 @@ def _lines(hba, p:dict) -> list:
     inactive = [f"Cannot act:  {first_few(p['inactive'], 15)}, on these images"] if p['inactive'] else []
     seldom = [f"Of 24 searches on digits{' with sparing=True' if hba.sparing else ''}, with 30 or 100 images and a known operation to find, "
               f"{4 if hba.sparing else 7} named it; where there was none, 1 of 42 named some (benchmarks/results/evidence.md)"]
-    sure = hindrances(dict(target_classes=p['classes']), True, p['hyper_steps']) or seldom
+    sure = hindrances(dict(target_classes=p['classes']), True, p['hyper_steps'], p['operations']) or seldom
+    if hba.exploit=='best': sure = ["a report needs gradients, and exploit='best' has none"]
     steps = f"{p['hyper_steps']} hyper-step{'s'[:p['hyper_steps']!=1]}"
     sparing = ["Acts:        as far as the loss on images of the hyper-steps exceeds that on training images"] if hba.sparing else []
     return [f"Responds in: {p['responds']}", f"Searches by: {steps}, {_when(hba, p['epochs'])}, {_how(hba, p['hlr'])}",

@@ -220,10 +220,14 @@ class ScheduleCallback(PolicyCallback):
         sigma:float|None=None, # Standard deviation of ε, default: that of the search
         seed:int|None=None,    # Seed of its random streams; default: torch's current seed
         policy=None,           # The policies that it was found for, as a sum, where one of them is your own
-        target=None, until:float=UNTIL, mix:float=MIX # Labelled target images that join training, as in `PolicyCallback`
+        target=None,           # Labelled target images that join training, as in `PolicyCallback`
+        until:float|None=None, # Share of the course after which they do, default: as in the search, where target images joined it, else 0.6
+        mix:float|None=None    # Share of each batch that they then take, default: as in the search, else a half
     ):
-        check_late(target, until, mix)
         self.schedule,self.seed,self.course = as_schedule(schedule),seed,Course()
+        found = {'until': UNTIL, 'mix': MIX, **(self.schedule.provenance if target is not None and self.schedule.provenance.get('joins') else {})}
+        until,mix = (found[k] if v is None else v for k,v in (('until',until),('mix',mix)))
+        check_late(target, until, mix)
         store_attr('target,until,mix')
         self.policies = policies_of(self.schedule, policy)
         self.sigma = self.schedule.sigma if sigma is None else sigma

@@ -132,6 +132,14 @@ def test_a_provenance_that_says_something_else_is_not_believed(odd, tmp_path):
     s = Schedule([0.], values[None], 0., {'pba': odd})
     assert read_pba(s.to_pba(tmp_path/'f.txt', epochs=4), 4)[0][1][10]==6
 
+@pytest.mark.filterwarnings('ignore:In tenths|The levels of PBA')
+@pytest.mark.parametrize('m,level', [(0.199,3),(0.2,3),(0.14,2),(0.03,0)])
+def test_the_nearest_level_of_cutout_is_that_of_pba_and_not_of_the_bound_here(m, level, tmp_path):
+    values = space.values(space.start().double())
+    values[space.names.index('Cutout_0.m')],values[space.names.index('Cutout_0.p')] = m,0.5
+    i = 2*PBA_OPS.index('Cutout')
+    assert read_pba(Schedule([0.], values[None], 0.).to_pba(tmp_path/'f.txt', 4), 4)[0][1][i:i+2]==[5,level]
+
 def test_what_a_file_cannot_say_is_refused_or_said(tmp_path):
     values = torch.cat([torch.full((1,1), 0.1),space.lo[None]], 1)
     mixed = Schedule([0.], values, spaces={'Noise': Space(noise=(0,0.2)), 'PBAPolicy': None})

@@ -92,6 +92,15 @@ def test_a_schedule_is_reused_with_target_images(tmp_path):
     assert len(other.dls.train.after_batch.fs)==1 and Count.mixed==[False]*60+[True]*40
     assert Schedule.load(tmp_path/'s.json').provenance['until']==0.6
 
+def test_a_replay_lets_target_images_join_as_the_search_did(tmp_path):
+    learn = small_learner(n_valid=60)
+    learn.fit(5, 1e-2, cbs=HBACallback(target=learn.dls.valid, seed=0, warmup=0.2, until=0.4, mix=0.25))
+    file = learn.hba_schedule.save(tmp_path/'s.json')
+    form = lambda **kwargs: [vars(ScheduleCallback(file, **kwargs))[k] for k in ('until','mix')]
+    assert form(target=learn.dls.valid)==[0.4,0.25] and form(target=learn.dls.valid, mix=0.3)==[0.4,0.3] and form()==[0.6,0.5]
+    learn.fit(3, 1e-2, cbs=HBACallback(seed=0)) # to whose schedule no images joined
+    assert [getattr(ScheduleCallback(learn, target=learn.dls.valid), k) for k in ('until','mix')]==[0.6,0.5]
+
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     "Digits in folders: 60 to train on, named by words, and 30 of the target, of five of the classes"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fastai.callback.training import GradientAccumulation
 from conftest import small_learner
-from hba_fastai.all import HBACallback
+from hba_fastai.all import HBACallback,TABLE7
 from hba_fastai.plan import n_hyper_steps
 
 def state(learn):
@@ -54,12 +54,20 @@ def test_a_search_too_short_is_told(capsys):
     HBACallback().plan(learn, 1)
     assert '2 hyper-steps cannot make an operation stand out' in capsys.readouterr().out
 
+def test_few_operations_have_no_crowd_to_stand_out_from(capsys):
+    "Without a crowd the spread is that of the largest null, 6, and a signal is at most the root of the number of hyper-steps: 18² = 324"
+    HBACallback(skip=[o for o in TABLE7 if o not in ('Rotate','Invert')], T_val=2).plan(small_learner(), 40)
+    said = capsys.readouterr().out
+    assert '142 hyper-steps, 2 every 4 optimizer steps' in said and 'cannot make an operation stand out where so few are searched (2)' in said
+    HBACallback().plan(small_learner(), 40)
+    assert 'cannot make' not in capsys.readouterr().out
+
 def test_gradient_accumulation_and_the_best_of_a_population(capsys):
     "Hyper-steps count optimizer steps, of which there are fewer; what takes the best has no rate"
     learn,hba = small_learner(cbs=GradientAccumulation(50)),HBACallback(exploit='best', seed=0) # a step every third batch
     p = hba.plan(learn, 6)
     said = capsys.readouterr().out
-    assert 'one every 4 optimizer steps' in said and 'each to the best of 3 policies' in said and 'rate' not in said
+    assert 'one every 4 optimizer steps' in said and 'each to the best of 3 policies' in said and 'rate' not in said and "exploit='best' has none" in said
     with learn.no_bar(), learn.no_logging(): learn.fit(6, 1e-3, cbs=hba)
     assert hba.clock.n_steps(10/3, 6)==pytest.approx(p['hyper_steps'], abs=1) and p['batches']==60
 
