@@ -33,7 +33,7 @@ from hba_fastai.data import digits
 from hba_fastai.ops import OPS,OP_NAMES
 from hba_fastai.pba import GAIN,PBAPolicy
 from hba_fastai.policy import SPREAD,Policy
-from hba_fastai.space import GEOMETRIC,TABLE7,PBASpace
+from hba_fastai.space import GEOMETRIC,START,TABLE7,PBASpace
 from hba_fastai.verdict import wilson
 
 OUT = RESULTS/'planted'
@@ -227,6 +227,30 @@ def rank(r, kind='pixel'):
     order = sorted(d, key=d.get, reverse=True)
     return max(order.index(o) for o in planted(r))
 
+STARTS = {'default': None, 'bare': None, 'letter': START} # where the searches of these configurations start, see `Space.start`
+
+def write_starts(task):
+    "Keep the doses of the policies that searches start from, for the images of each seed: what stands in front without a search"
+    seeds = sorted({r['seed'] for c in STARTS for r in read(task, c)})
+    images = {s: TASKS[task][0](s)[0][0][:256].float()/255 for s in seeds}
+    dose = lambda at, s: doses(images[s], PBASpace().start(at).double())[0]
+    lines = [dict(config=c, seed=s, pixel=dose(at, s)) for c,at in STARTS.items() if read(task, c) for s in seeds]
+    (OUT/task/'start.jsonl').write_text(''.join(json.dumps({**r, 'environment': environment()})+'\n' for r in lines))
+
+def without_search(task, runs):
+    "What the places of each configuration are worth: those of the policy that it starts from, and those by the rise above that"
+    starts = {(r['config'],r['seed']): r['pixel'] for r in read(task, 'start')}
+    for config in STARTS:
+        rs = [r for r in runs[config] if (config,r['seed']) in starts]
+        if not rs: continue
+        of = [starts[config,r['seed']] for r in rs]
+        rise = [{o: v-d[o] for o,v in r['pixel'].items()} for r,d in zip(rs, of)]
+        first = lambda ds, k: sum(rank({**r, 'pixel': d})<k for r,d in zip(rs, ds))
+        front = len(planted(rs[0]))
+        yield (f"The policy that `{config}` starts from, without a search, has the planted operation in front in {first(of, front)} of {len(rs)} "
+               f"and among the first three in {first(of, 3)}; by the rise of the dose above it the search has it in front in {first(rise, front)}, "
+               f"and among the first three in {first(rise, 3)}.  ")
+
 def read(task, config):
     f = OUT/task/f'{config}.jsonl'
     return [json.loads(l) for l in f.read_text().splitlines()] if f.exists() else []
@@ -290,7 +314,7 @@ def table():
         e = next(rs for rs in runs.values() if rs)[-1]['environment']
         out += [f'**{task}**: {about}; shifts: {", ".join(TASKS[task][6])}.', '']
         out += [f"| {' | '.join(map(str, o))} |" for o in (HEAD, ['---']*len(HEAD), *rows)]
-        out += ['', *paired(runs), f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
+        out += ['', *without_search(task, runs), *paired(runs), f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
     return '\n'.join(out)
 
 if __name__=='__main__':
@@ -301,10 +325,12 @@ if __name__=='__main__':
     ap.add_argument('--shifts', nargs='+')
     ap.add_argument('--worker', default='0/1', help='which part of the runs: this process / number of processes')
     ap.add_argument('--table', action='store_true', help='only write the table')
+    ap.add_argument('--starts', action='store_true', help='keep the doses of the policies that the searches of the task start from')
     a = ap.parse_args()
     torch.set_num_threads(1)
     k,n = map(int, a.worker.split('/'))
-    for config in [] if a.table else a.configs:
+    if a.starts: write_starts(a.task)
+    for config in [] if a.table or a.starts else a.configs:
         for sh,s in [(sh,s) for s in a.seeds for sh in a.shifts or TASKS[a.task][6]][k::n]:
             if any(r['shift']==sh and r['seed']==s for r in read(a.task, config)): continue
             r,f = run(a.task, config, sh, s),OUT/a.task/f'{config}.jsonl'

@@ -96,6 +96,7 @@ class Worded(float):
         self.text = text
         return self
     def __str__(self): return self.text if self==self else 'nan' # as files of numbers have it
+    __repr__ = __str__ # as in fastai's lists of numbers, without a progress bar
     def __format__(self, spec): return f'{self.text}  ' # fastai's table in a terminal makes no room for what is longer than the name of its column
     def __reduce__(self): return float,(float(self),)
 

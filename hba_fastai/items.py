@@ -193,12 +193,15 @@ def _real_paths(files):
         p = os.path.join(folder(os.path.dirname(f) or '.'), os.path.basename(f))
         yield os.path.realpath(p) if os.path.islink(p) else p
 
-def warn_of_overlap(train, target, what:str):
-    "Warn of image files that are in the data sets `train` and `target` both; `what` is the target in one phrase"
-    a,b = files_of(train),files_of(target)
+def warn_of_overlap(
+    others, target,  # Two data sets
+    what:str,        # The target in one phrase
+    are='training',  # What the images of `others` are
+    so="these show no difference, so take them out of one of the two" # What that means, and what to do
+):
+    "Warn of image files that are in both"
+    a,b = files_of(others),files_of(target)
     if not a or not b: return
     a = set(_real_paths(a))
     both = [f for f,p in zip(b, _real_paths(b)) if p in a]
-    if both:
-        fix = "these show no difference, so take them out of one of the two"
-        warnings.warn(f"{len(both)} of {len(b)} images of {what} are training images too, {first_few(both, 3)}: {fix}")
+    if both: warnings.warn(f"{len(both)} of {len(b)} images of {what} are {are} images too, {first_few(both, 3)}: {so}")

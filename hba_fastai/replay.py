@@ -124,6 +124,7 @@ def refuse(self:PolicyCallback):
     "Raise where the policy would be wrong"
     others = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, PolicyCallback) and cb is not self]
     if others: raise ValueError(f"{type(self).__name__} and {others[0]} would both augment each image: fit with one of them")
+    if self.target is not None: refuse_mixing(self.learn)
 
 @patch
 def meet(self:PolicyCallback):
@@ -206,7 +207,9 @@ def as_schedule(o) -> Schedule:
     "The schedule of a `Schedule`, the name of its file, a callback that searched, or its Learner"
     if isinstance(o, Schedule): return o
     if isinstance(o, Learner): return o.hba_schedule
-    if isinstance(o, (str,Path)): return Schedule.load(o)
+    if isinstance(o, (str,Path)):
+        if not Path(o).expanduser().exists(): raise FileNotFoundError(f"There is no schedule {o}: give the name of a file that `Schedule.save` wrote")
+        return Schedule.load(o)
     if not isinstance(o, PolicyCallback): raise TypeError(f"A {type(o).__name__} is no schedule: give a Schedule, the name of its file, "
         "a callback that searched, or its Learner")
     if o.schedule is None: raise ValueError(f"This {type(o).__name__} has no schedule yet, because no search has run with it: fit with it first")

@@ -101,6 +101,7 @@ def show(schedule, page=None, images=None, size:int=224):
         if not page: return
         more = [samples(found, shown_dls(images, size))] if images else []
         write_page(page, as_page(found, f'The schedule {Path(schedule).name}', more))
+    except BrokenPipeError: raise # of stdout
     except OSError as e: raise CliError(f"{e.filename or page} cannot be read or written ({e.strerror}): "
         "give a schedule that hba_search wrote, and --html a file where you may write") from None
     except ValueError as e: raise CliError(str(e)) from None

@@ -172,8 +172,8 @@ def new_lam(self:HBACallback) -> Hyperparameters:
 @patch
 def refuse(self:HBACallback):
     "Raise where a search would be wrong"
-    PolicyCallback.refuse(self)
     refuse_learner(self.learn)
+    PolicyCallback.refuse(self)
 
 @patch
 def open(self:HBACallback, again:bool):

@@ -53,7 +53,7 @@ def _check_list(files, name):
 def _check_data(data, name, forms):
     "Raise if `data` are neither a folder, nor files, nor loaders"
     if isinstance(data, (DataLoader,torch_data.DataLoader)): return
-    if data=='': raise ValueError(f"{name} is an empty name: give {forms}")
+    if isinstance(data, str) and not data: raise ValueError(f"{name} is an empty name: give {forms}")
     if isinstance(data, (str,Path)): _check_folder(Path(data).expanduser(), name)
     elif isinstance(data, (list,tuple,L)): _check_list(data, name)
     elif not isinstance(data, DataLoaders): raise TypeError(f"{name} is of type {type(data).__name__}: use {forms}")

@@ -21,6 +21,7 @@ from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from .checks import refuse_learner
+from .evidence import too_few
 from .folds import FoldedImages
 from .items import first_few,upper_first
 from .member import quiet_fit
@@ -181,8 +182,17 @@ def fine_tuned(self:Trial, i:int) -> Learner:
 def whole(self:Trial, callback, i:int) -> Learner:
     "A new Learner, trained with the callback of an arm and the target images outside of fold `i`"
     learn = self.new_learner(i)
-    self.train(learn, i, [callback(self.images.target(learn, self.images.others(i)))])
+    cb = callback(self.images.target(learn, self.images.others(i)))
+    self.train(learn, i, [cb])
+    if i==0 and isinstance(cb, HBACallback) and cb.exploit=='gradient': self.say_how_short(cb)
     return learn
+
+@patch
+def say_how_short(self:Trial, hba):
+    "Say where a search had too few hyper-steps to find anything"
+    n = len(hba.lam.series)
+    if too_few(n, len(hba.policies.space.groups())): print(f"The search had {n} hyper-step{'s'[:n!=1]}, "
+        "too few to make an operation stand out: what is compared is nearly the policy that it starts from, so train longer", flush=True)
 
 @patch
 def say_plan(self:Trial):
@@ -202,7 +212,7 @@ def say_plan(self:Trial):
 def reported(self:Trial, wrong:dict):
     "Within, what was said of all target images is not said again of each fold, and Ctrl-C prints what is in `wrong`"
     with warnings.catch_warnings():
-        for said in ('has no image of','are training images too'): warnings.filterwarnings('ignore', f'.* {said}')
+        for said in ('has no image of','are training images too','are validation images too'): warnings.filterwarnings('ignore', f'.* {said}')
         try: yield
         except KeyboardInterrupt:
             missing = ', '.join(arm for arm in (AS_IT_IS,FINE_TUNING,*self.arms) if arm not in wrong)

@@ -323,9 +323,13 @@ def test_a_frozen_fit_that_stops_early():
 
 @pytest.mark.parametrize('mix', [MixUp,CutMix])
 def test_mixed_images_and_target_images(mix):
+    "Refused before the mixing callback swaps the loss, in both orders"
     learn = small_learner()
-    with pytest.raises(ValueError, match=f'{mix.__name__} mixes images and their labels'):
-        learn.fit(3, cbs=[PolicyCallback(PBAPolicy(), target=learn.dls.valid),mix()])
+    loss = learn.loss_func
+    for order in (1,-1):
+        with pytest.raises(ValueError, match=f'{mix.__name__} mixes images and their labels'):
+            learn.fit(3, cbs=[PolicyCallback(PBAPolicy(), target=learn.dls.valid),mix()][::order])
+        assert learn.loss_func is loss
 
 def test_parts_of_the_course_after_a_second_fit():
     "λ was frozen in 3 of the first 10 epochs, which are now 10 of 40"

@@ -194,6 +194,15 @@ def test_signal_and_batch_after_the_fit(searched):
     names = [t.get_text() for t in axs[1].get_yticklabels()][::-1]
     assert names==list(hba.report().index) and [len(o) for o in words_of(axs[0])] and len(hba.show_batch(n=4).flat)==4
 
+@pytest.mark.parametrize('momentum', [0.1,0.01])
+def test_a_search_whose_lambda_stands_still_says_so(momentum, capsys):
+    learn,hba = small_learner(),HBACallback(seed=0, hlr=1e-6)
+    for m in learn.model.modules(): m.momentum = momentum
+    learn.fit(12, 1e-2, cbs=hba)
+    hba.report()
+    said = capsys.readouterr().out
+    assert 'No position of λ moved by more than' in said and 'stands out' not in said and ('momentum of batch norm is 0.01' in said)==(momentum==0.01)
+
 def test_report_by_class_adds_up_to_the_validation_loss(searched, capsys):
     learn,hba,_ = searched
     with learn.no_bar(): loss = learn.validate()[0]

@@ -1,6 +1,7 @@
 "`hba_show` as people start it: a table of 80 columns, a page that needs nothing else, strangers' files, refusals in one sentence"
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 import pytest
 from fastcore.script import CliError
 from hba_fastai.cli import hba_show
@@ -65,6 +66,9 @@ def test_of_another_policy(tmp_path, pngs, capsys):
     hba_show(f, html=str(tmp_path/'p.html'))
     assert 'noise' in capsys.readouterr().out
     with pytest.raises(CliError, match='Noise'): hba_show(f, html=str(tmp_path/'q.html'), images=str(pngs), size=16)
+
+def test_a_pipe_that_closes_is_no_fault_of_the_schedule(tmp_path):
+    with mock.patch('builtins.print', side_effect=BrokenPipeError), pytest.raises(BrokenPipeError): hba_show(saved(tmp_path))
 
 def test_refused(tmp_path, pngs):
     f = saved(tmp_path)

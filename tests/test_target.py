@@ -13,6 +13,7 @@ from fastai.vision.all import ImageBlock,ImageDataLoaders,MaskBlock,PILImage,Ran
 from PIL import Image
 from torch.utils import data as torch_data
 from conftest import small_net
+from hba_fastai.all import HBACallback,PBAPolicy,PolicyCallback
 from hba_fastai.data import array_dls,digits,digits_dls
 from hba_fastai.balance import Order,hold_out
 from hba_fastai.stream import HyperBatches,inner_dl,labels_of
@@ -428,6 +429,18 @@ def test_images_of_both_sets_are_named(root, tmp_path):
         take(root/'train', ImageDataLoaders.from_df(df, root, valid_pct=0., bs=20, num_workers=0, item_tfms=Resize(12)))
     assert len(w)==1
     with pytest.warns(UserWarning, match='of 84 images of the training items of other DataLoaders are training images too'): take(folder(root), dls)
+
+def test_target_images_that_validate_too_are_named(root):
+    "Once they join training, their error is that of training images"
+    learn,files = Learner(folder(root), small_net()),[*get_image_files(root/'target')]
+    with learn.no_bar(), learn.no_logging():
+        with pytest.warns(UserWarning, match='1 of 61 images of a list of 61 files are validation images too, .*: once they join training'):
+            learn.fit(3, cbs=PolicyCallback(PBAPolicy(), target=[*files,learn.dls.valid_ds.items[0]]))
+        learn.fit(3, cbs=PolicyCallback(PBAPolicy(), target=files)) # without a warning
+
+def test_a_table_is_no_target():
+    for data in (pd.DataFrame(dict(a=[1,2])),np.array(['a','b'])):
+        with pytest.raises(TypeError, match=f'target is of type {type(data).__name__}: use a folder, a list of image files'): HBACallback(target=data)
 
 # --- nothing is left behind
 
