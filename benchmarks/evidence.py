@@ -222,8 +222,9 @@ def table():
     seeds = lambda rs: sorted({r['seed'] for r in rs})
     return '\n'.join([f'Searches on digits, 30 or 100 target images, counted up to 60% of 900 steps; seeds {seeds(now)}; named from z = {NAMED:g} on:', '',
         *naming_table(now), '',
-        f'Of these the seeds from {FRESH} on, which had no part in the choice of the threshold: {[s for s in seeds(now) if s>=FRESH]}; the searches of a seed share '
-        'two trainings up to their first hyper-step (with the doses permuted and not), and the 30 images are the first of the 100:', '',
+        f'Of these the seeds from {FRESH} on, which had no part in the choice of the threshold: {[s for s in seeds(now) if s>=FRESH]}; '
+        'the searches of a seed share two trainings up to their first hyper-step (with the doses permuted and not), and the 30 images are '
+        'the first of the 100:', '',
         *naming_table([r for r in now if r['seed']>=FRESH]), '',
         *([f'With `sparing=True`; seeds {seeds(sparing)}:', '', *naming_table(sparing), ''] if sparing else []),
         f'With a hyper-step every 2 training steps and one move of λ in each; seeds {seeds(rs)}:', '', *naming_table(rs), '',

@@ -412,7 +412,8 @@ def table():
         out += ["TrivialAugment is torchvision's, drawn image by image, in the lines without `drawn`, and this package's in the others.", '']
     for n,steps in sorted({(n,steps) for steps,n,*_ in rs if n}, key=lambda o: (o[0]!=100,o[0],-o[1])):
         if not any(errors(rs, steps, n, s, 'one_fit') for s in SHIFTS): continue
-        out += [f'## {n} target images, {steps} steps', '', f'{n_rivals(rs, steps, n)} rivals.', '', *pooled_table(rs, steps, n), '', *differences_table(rs, steps, n), '']
+        out += [f'## {n} target images, {steps} steps', '', f'{n_rivals(rs, steps, n)} rivals.', '']
+        out += [*pooled_table(rs, steps, n), '', *differences_table(rs, steps, n), '']
         for name,shifts in GROUPS.items():
             seen = [s for s in shifts if errors(rs, steps, n, s, 'one_fit')]
             if seen: out += [f'**Shifts: {name}**', '', *arms_table(rs, steps, n, seen), '']

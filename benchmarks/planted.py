@@ -314,7 +314,8 @@ def table():
         e = next(rs for rs in runs.values() if rs)[-1]['environment']
         out += [f'**{task}**: {about}; shifts: {", ".join(TASKS[task][6])}.', '']
         out += [f"| {' | '.join(map(str, o))} |" for o in (HEAD, ['---']*len(HEAD), *rows)]
-        out += ['', *without_search(task, runs), *paired(runs), f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
+        out += ['', *without_search(task, runs), *paired(runs)]
+        out += [f"`{e['command']}` and the like, {e['date']}, torch {e['torch']}, {e['machine']}, one thread per run.", '']
     return '\n'.join(out)
 
 if __name__=='__main__':

@@ -76,7 +76,8 @@ def _target_lines(hba, epochs:int) -> list:
 # %% ../nbs/07a_plan.ipynb #fb6dba69
 def _lines(hba, p:dict) -> list:
     "The plan `p`, a line for each question"
-    extra = 'not measured for several layers' if p['surcharge'] is None else f"the hyper-steps take about {p['surcharge']:.0%} of the time of a plain fit; in a small network the policy takes more"
+    extra = 'not measured for several layers' if p['surcharge'] is None else (
+        f"the hyper-steps take about {p['surcharge']:.0%} of the time of a plain fit; in a small network the policy takes more")
     inactive = [f"Cannot act:  {first_few(p['inactive'], 15)}, on these images"] if p['inactive'] else []
     seldom = [f"Of 24 searches on digits{' with sparing=True' if hba.sparing else ''}, with 30 or 100 images and a known operation to find, "
               f"{4 if hba.sparing else 7} named it; where there was none, 1 of 42 named some (benchmarks/results/evidence.md)"]

@@ -187,6 +187,7 @@ def whole(self:Trial, callback, i:int) -> Learner:
     if i==0 and isinstance(cb, HBACallback) and cb.exploit=='gradient': self.say_how_short(cb)
     return learn
 
+# %% ../nbs/07d_verdict.ipynb #cf0c34b6
 @patch
 def say_how_short(self:Trial, hba):
     "Say where a search had too few hyper-steps to find anything"

@@ -201,7 +201,7 @@ def test_a_search_whose_lambda_stands_still_says_so(momentum, capsys):
     learn.fit(12, 1e-2, cbs=hba)
     hba.report()
     said = capsys.readouterr().out
-    assert 'Nothing of the policy moved by more than' in said and 'stands out' not in said and ('momentum of batch norm is 0.01' in said)==(momentum==0.01)
+    assert 'Nothing of the policy moved by more than' in said and 'stands out' not in said and ('batch norm has a momentum of 0.01' in said)==(momentum==0.01)
 
 def test_report_by_class_adds_up_to_the_validation_loss(searched, capsys):
     learn,hba,_ = searched

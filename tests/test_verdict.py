@@ -243,8 +243,8 @@ def test_what_it_refuses_in_one_sentence(root, tmp_path):
     refused(ValueError, 'MixUp mixes images', lambda: learner(cbs=MixUp()), target, arms=None)
 
 def test_a_search_too_short_is_said(root, capsys):
-    make = lambda: Learner(ImageDataLoaders.from_folder(root/'train', valid_pct=0.2, seed=1, bs=10, num_workers=0, item_tfms=Resize(12), device='cpu'), small_net())
-    short = dict(make_learner=make, target=root/'target', k=2, fit=lambda learn, cbs: learn.fit(4, cbs=cbs))
+    dls = lambda: ImageDataLoaders.from_folder(root/'train', valid_pct=0.2, seed=1, bs=10, num_workers=0, item_tfms=Resize(12), device='cpu')
+    short = dict(make_learner=lambda: Learner(dls(), small_net()), target=root/'target', k=2, fit=lambda learn, cbs: learn.fit(4, cbs=cbs))
     hba_verdict(**short, arms={'HBA': verdict.ARMS['HBA']})
     assert re.search(r'The search had \d hyper-steps?, too few to make an operation stand out', capsys.readouterr().out)
 
