@@ -36,7 +36,7 @@ def standstill(hba) -> str|None:
     norms = [m.momentum for m in model.modules() if is_kind(m, 'bn') and m.momentum] if model else []
     lag = f": running statistics lag in a short training where batch norm has a momentum of {min(norms):g}, so set 0.1" if min(norms, default=1)<SLOW else ''
     return ("Nothing of the policy moved by more than "
-        f"{most:.1g} of its range, so there is nothing to report: the loss of the hyper-steps hardly depends on it{lag}")
+        f"{most:.1g} of its range, so there is nothing to report, because the loss of the hyper-steps hardly depends on it{lag}")
 
 def sentences(hba, df:pd.DataFrame, last:Tensor, start:Tensor): # What `evidence` says, and the λ (H,) that acted
     "What there is to say of the operations, in ASCII"
