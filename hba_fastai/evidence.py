@@ -31,7 +31,7 @@ def signal(
     return {o: (-total[i].sum()/(len(i)*squares[i].sum()).sqrt()).item() for o,i in reached.items()}
 
 # %% ../nbs/06f_evidence.ipynb #ad09fdde
-LEAST_SPREAD,NAMED = 2.,3. # from the nulls of benchmarks/evidence.py: of 42 searches at most one names any
+LEAST_SPREAD,NAMED = 2.,3. # from the nulls of benchmarks/evidence.py: of 84 searches two name any
 CROWD,ALONE = 6,6. # operations that are a crowd to stand out from; the spread of fewer, which is the largest of a null
 
 def crowd(signals:dict) -> tuple: # `{operation: signal}` -> (middle, spread)

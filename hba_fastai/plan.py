@@ -80,7 +80,8 @@ def _lines(hba, p:dict) -> list:
         f"the hyper-steps take about {p['surcharge']:.0%} of the time of a plain fit; in a small network the policy takes more")
     inactive = [f"Cannot act:  {first_few(p['inactive'], 15)}, on these images"] if p['inactive'] else []
     seldom = [f"Of 24 searches on digits{' with sparing=True' if hba.sparing else ''}, with 30 or 100 images and a known operation to find, "
-              f"{4 if hba.sparing else 7} named it; where there was none, 1 of 42 named some (benchmarks/results/evidence.md)"]
+              f"{4 if hba.sparing else 7} named it; where there was none, {'1 of 42' if hba.sparing else '2 of 84'} "
+              "named some (benchmarks/results/evidence.md)"]
     sure = hindrances(dict(target_classes=p['classes']), True, p['hyper_steps'], p['operations']) or seldom
     if hba.exploit=='best': sure = ["a report needs gradients, and exploit='best' has none"]
     steps = f"{p['hyper_steps']} hyper-step{'s'[:p['hyper_steps']!=1]}"
