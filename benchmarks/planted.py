@@ -1,6 +1,7 @@
 """Does the search find what it should? A known operation shifts validation and test images; training images stay as they are.
 
     python benchmarks/planted.py --task long --configs default paper --seeds 0 1 2 [--worker 0/2] # runs what is missing
+    python benchmarks/planted.py --task long --starts                               # what stands in front without a search, once there are runs
     python benchmarks/planted.py --table                                            # writes results/planted.md
 
 A search recovers the shift when the planted operation, its two copies together, ends with the largest dose of the 15 in the

@@ -34,17 +34,17 @@ def standstill(hba) -> str|None:
     most = (hba.lam.value.cpu().double().sigmoid()-first.cpu().double().sigmoid()).abs().max().item()
     if most>=STILL: return None
     norms = [m.momentum for m in model.modules() if is_kind(m, 'bn') and m.momentum] if model else []
-    lag = f": running statistics lag in a short training where batch norm has a momentum of {min(norms):g}, so set 0.1" if min(norms, default=1)<SLOW else ''
-    return ("Nothing of the policy moved by more than "
-        f"{most:.1g} of its range, so there is nothing to report, because the loss of the hyper-steps hardly depends on it{lag}")
+    lag = f". Running statistics lag in a short training where batch norm has a momentum of {min(norms):g}: set 0.1" if min(norms, default=1)<SLOW else ''
+    return (f"Nothing of the policy moved by more than {most:.1g} of its range, so there is nothing to report: "
+        f"the loss of the hyper-steps hardly depends on it, or `hlr` is too small{lag}")
 
 def sentences(hba, df:pd.DataFrame, last:Tensor, start:Tensor): # What `evidence` says, and the λ (H,) that acted
     "What there is to say of the operations, in ASCII"
     moved = hba.net is None or any(v.abs().max()>0 for l in hba.net.layers for v in l.V.values())
     steps,still = (len(hba.lam.series),int(df.z.notna().sum())),standstill(hba) if moved else None
     yield from (f'{why}.' for why in (*hindrances(hba.provenance, moved, *steps), still) if why)
-    if moved and not still:
-        if not too_few(*steps): yield in_words(df)
+    if moved and not still and not too_few(*steps):
+        yield in_words(df)
         up = str(leading(*map(hba.policies.space.named, (last,start)), hba.policies.space))
         if not df.named.any() and up!=MISSING: yield f"Rose most, for a reason or by noise: {up}."
     if hba.sparing: yield hba.spare.in_words()

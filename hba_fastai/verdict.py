@@ -21,7 +21,7 @@ from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from .checks import refuse_learner
-from .evidence import too_few
+from .evidence import CROWD,too_few
 from .folds import FoldedImages
 from .items import first_few,upper_first
 from .member import quiet_fit
@@ -192,7 +192,7 @@ def whole(self:Trial, callback, i:int) -> Learner:
 def say_how_short(self:Trial, hba):
     "Say where a search had too few hyper-steps to find anything"
     n = len(hba.lam.series)
-    if too_few(n, len(hba.policies.space.groups())): print(f"The search had {n} hyper-step{'s'[:n!=1]}, "
+    if too_few(n, CROWD): print(f"The search had {n} hyper-step{'s'[:n!=1]}, "
         "too few to make an operation stand out: what is compared is nearly the policy that it starts from, so train longer", flush=True)
 
 @patch
