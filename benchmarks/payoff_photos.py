@@ -9,6 +9,7 @@ five classes for `pretrained`) are under a shift of `payoff.SHIFTS`.
     scratch     4,000 source images, 40 epochs of SGD with a cosine
     pretrained  a network trained on 10,000 images of the first five classes; its body and a new head meet 2,000 source images of the other five:
                 `learn.fine_tune(15, lr_mult=1)`. It stands in for weights that are downloaded elsewhere
+The shift `none` is none: target and test images are like the source images.
 
 results/payoff/photos.jsonl holds one line per arm, and one with the environment where a process began:
     task, shift, seed, arm, n_target, error, source_error, cpu_seconds    as in payoff.py
@@ -52,6 +53,7 @@ def sets(task, seed):
     return *[(x[j],y[j]) for j in i],(test[0][:keep],test[1][:keep]),before
 
 def shifted(data, shift, seed):
+    if shift=='none': return data
     x,y = data
     parts = [SHIFTS[shift](o.float()/255, torch.Generator().manual_seed(seed+k)) for k,o in enumerate(x.split(1000))]
     return (torch.cat(parts).clamp(0, 1)*255).round().byte(),y
@@ -103,6 +105,9 @@ ARMS = { # arm: (what, needs the target, seed -> target loader -> callbacks)
   'late_start': ('target images in half of each batch from 60%, all under the start policy', True, late(PBAPolicy)),
   'late_trivial': ('target images in half of each batch from 60%, all under TrivialAugment', True, late(TrivialAugmentWide)),
   'one_fit': ('**`HBACallback(target=...)`**, one fit', True, lambda seed: lambda dl: [HBACallback(target=dl, seed=seed)]),
+  'sparing': ('the same with `sparing=True`', True, lambda seed: lambda dl: [HBACallback(target=dl, sparing=True, seed=seed)]),
+  'search': ('`HBACallback()`, target images for the hyper-steps alone', True, lambda seed: lambda dl: [HBACallback(seed=seed)]),
+  'sparing_search': ('the same with `sparing=True`', True, lambda seed: lambda dl: [HBACallback(sparing=True, seed=seed)]),
   'oracle': ('all source images under the shift', True, lambda seed: lambda dl: [])}
 RIVALS = ['nothing','start','tuned','late_plain','late_start','late_trivial']
 
@@ -166,7 +171,7 @@ if __name__=='__main__':
     ap = argparse.ArgumentParser()
     ap.add_argument('--task', choices=list(TRAIN), default='pretrained')
     ap.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
-    ap.add_argument('--shifts', nargs='+', default=['Contrast','Rotate','Invert','noise','Contrast+Rotate','scanner'], choices=list(SHIFTS))
+    ap.add_argument('--shifts', nargs='+', default=['Contrast','Rotate','Invert','noise','Contrast+Rotate','scanner'], choices=[*SHIFTS,'none'])
     ap.add_argument('--arms', nargs='+', default=list(ARMS), choices=list(ARMS))
     ap.add_argument('--table', action='store_true', help='only write the table')
     a = ap.parse_args()

@@ -165,6 +165,8 @@ class ImageTransform(ScheduleTransform):
 
     def forward(self, image, *targets):
         "`image` augmented, and `targets` as they are"
+        if type(image).__name__=='Video': raise TypeError("Each frame of a Video would get operations of its own, and no motion is like that: "
+            "augment clips by a transform that draws once for all frames")
         self.check_targets(targets)
         image = self.on_tensor(image) if isinstance(image, Tensor) else self.on_pil(image)
         return (image,*targets) if targets else image

@@ -142,7 +142,9 @@ def test_types_come_back_and_what_cannot_be_augmented_is_refused():
         out = one(image)
         assert type(out) is type(image) and getattr(out, 'shape', 0)==getattr(image, 'shape', 0) and getattr(out, 'dtype', 0)==getattr(image, 'dtype', 0)
     assert type(STRONG.transform(1.)(tv_tensors.Image(images()))) is tv_tensors.Image
-    for wrong,says in ((pil.convert('RGBA'),'mode RGBA'), (x.numpy(),'a ndarray'), (x.int(),'torch.int32: divide'), ([x],'a list')):
+    refused = ((pil.convert('RGBA'),'mode RGBA'), (x.numpy(),'a ndarray'), (x.int(),'torch.int32: divide'), ([x],'a list'),
+               (tv_tensors.Video(images(2)),'Each frame of a Video'))
+    for wrong,says in refused:
         with pytest.raises(TypeError, match=says): one(wrong)
     with pytest.raises(ValueError, match='put it before the normalization'): STRONG.torchvision(1.)(x/255-1)
     with pytest.raises(TypeError, match='Noise needs float images in .0,1. and got torch.uint8'): BOTH.torchvision(1., policy=Noise())(pil)
