@@ -8,7 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/alike.html.md"""
 __all__ = ['ONE_FILE', 'NOT_IN_A_MEMBER', 'facts', 'refuse_callbacks', 'check_alike']
 
 # %% ../nbs/07a2a_alike.ipynb #6b9376d8
-import hashlib
+import hashlib,re
 from fastai.basics import *
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback
@@ -25,6 +25,17 @@ def _fingerprint(ds) -> str:
     what = [Path(f).parts[-2:] for f in files] if files else None if labels is None else labels.tolist()
     return f"{len(ds)} items" if what is None else f"{len(ds)} items with digest {hashlib.sha256(repr(what).encode()).hexdigest()[:6]}"
 
+def _layers(model) -> dict: # {name: what it says of itself}
+    "The modules of `model`, by kind and settings"
+    return {f'layer `{k}`': re.sub(r' at 0x\w+', '', f'{type(m).__name__}({m.extra_repr()})') for k,m in model.named_modules() if k}
+
+def _loss(f) -> str:
+    "A loss function and its numbers"
+    settings = {k: v.tolist() if isinstance(v, Tensor) else v for o in (f,getattr(f, 'func', None)) for k,v in
+        {**getattr(o, '__dict__', {}),**getattr(o, '_buffers', {}),**(getattr(o, 'keywords', None) or {})}.items()}
+    known = {k: v for k,v in sorted(settings.items()) if k!='training' and k[0]!='_' and isinstance(v, (int,float,str,list))}
+    return f"{getattr(f, '__name__', type(f).__name__)}({', '.join(f'{k}={v}' for k,v in known.items())})"
+
 def facts(learn:Learner) -> dict: # {name: numbers or text}
     "What members have in common"
     if learn.opt is None: learn.create_opt()
@@ -32,8 +43,7 @@ def facts(learn:Learner) -> dict: # {name: numbers or text}
     valid = {'validation data': _fingerprint(learn.dls.valid_ds)} if len(learn.dls.loaders)>1 else {}
     data = {k.replace('_', ' '): v for k,v in described_data(learn.dls).items()}
     more = {'learning rate': learn.lr, 'weight decay': learn.wd, 'metrics': list(learn.metrics.attrgot('name'))}
-    loss = getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__)
-    return dict(shapes, loss=loss, optimizer=described_optimizer(learn.opt), **more, **data, **valid)
+    return dict(shapes, **_layers(get_model(learn.model)), loss=_loss(learn.loss_func), optimizer=described_optimizer(learn.opt), **more, **data, **valid)
 
 # %% ../nbs/07a2a_alike.ipynb #e785104e
 ONE_FILE = "members would write one file"
@@ -54,11 +64,12 @@ def _refuse_without_valid(dls):
 # %% ../nbs/07a2a_alike.ipynb #20ecefba
 def _shared(learns:list):
     "Raise where two members have an object in common that trains"
-    own = lambda learn: [learn,learn.model,*learn.cbs]
+    own = lambda learn: [learn,learn.model,*learn.cbs,*learn.model.parameters(),*learn.model.buffers()]
     for i,l in enumerate(learns):
         before = {id(p) for o in learns[:i] for p in own(o)}
-        if twice := first(p for p in own(l) if id(p) in before):
-            raise ValueError(f"make_learner gives the same {type(twice).__name__} twice and each member trains its own: make all of it in make_learner")
+        twice = next((type(p).__name__ for p in own(l) if id(p) in before), None)
+        if twice:
+            raise ValueError(f"make_learner gives the same {twice} twice and each member trains its own: make all of it in make_learner")
 
 def check_alike(learns:list) -> dict: # The facts
     "Raise unless members can be compared and copied"

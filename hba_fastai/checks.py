@@ -27,9 +27,9 @@ from .target import check_valid
 
 # %% ../nbs/06g_checks.ipynb #fa6f7313
 def _check_steps(T_train, T_val, moves, share, sigma, hlr, floor, pull, warmup):
-    if not (isinstance(T_train, int) and isinstance(T_val, int) and min(T_train, T_val)>=1):
+    if not (isinstance(T_train, numbers.Integral) and isinstance(T_val, numbers.Integral) and min(T_train, T_val)>=1):
         raise ValueError(f"T_train={T_train} and T_val={T_val} are steps per cycle: both must be whole numbers, 1 or more")
-    if not (isinstance(moves, int) and moves>=1):
+    if not (isinstance(moves, numbers.Integral) and moves>=1):
         raise ValueError(f"moves={moves} is a number of steps of λ in a hyper-step: it must be a whole number, 1 or more")
     if not 0<share<=1: raise ValueError(f"share={share} is a part of a training batch: it must be above 0 and at most 1")
     if not 0<=sigma<float('inf'): raise ValueError(f"sigma={sigma} is a standard deviation: it must be finite and 0 or more")
@@ -43,7 +43,7 @@ def _check_steps(T_train, T_val, moves, share, sigma, hlr, floor, pull, warmup):
 def _check_choices(condition, exploit, population, sigma, sparing):
     if condition not in ('lambda','dose'): raise ValueError(f"condition={condition!r} is unknown: use 'lambda' (the paper's) or 'dose'")
     if exploit not in ('gradient','best'): raise ValueError(f"exploit={exploit!r} is unknown: use 'gradient' (Eq. 11) or 'best' (Eq. 9)")
-    if not (isinstance(population, int) and population>=2):
+    if not (isinstance(population, numbers.Integral) and population>=2):
         raise ValueError(f"population_size={population} is the number of λ that are compared: it must be a whole number, 2 or more")
     if not isinstance(sparing, bool): raise TypeError(f"sparing={sparing!r} is a {type(sparing).__name__}: give True or False")
     if sparing and condition!='dose': raise ValueError(f"sparing=True needs to know which images no operation met and condition={condition!r} does not say: "
@@ -119,6 +119,7 @@ def warn_of_monitors(learn):
 def warn_of_rates(learn, layers:list): # [(name, layer)]
     "Warn where the layers of a search for a target learn at less than half of the fastest rate"
     tuning,total,groups = fine_tuning(learn),np.array(rates(learn)).sum(0),learn.opt.param_lists
+    if not total.max(): return # nothing learns
     own = min(i for i,g in enumerate(groups) if any(p is q for _,m in layers for p in g for q in m.parameters(False)))
     last = len(groups)-1
     ratio = tuning['lr_mult']**((own-last)/max(last, 1)) if tuning else total[own]/max(total.max(), 1e-30) # `fine_tune` spaces its rates evenly

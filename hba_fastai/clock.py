@@ -38,9 +38,11 @@ class Clock:
         self.cancelled = False # Was the step of this batch left out?
         self.wait,self.until,self.total = None,float('inf'),None # Epochs of the course after which λ moves, after which it is frozen, and of all as planned
 
-    def plan(self, total:float, wait:float, until:float|None): # Epochs of the course; shares of it, None: λ is never frozen
-        self.wait,self.total = wait*total,total
-        if until is not None: self.until = until*total
+    def plan(self, total:float, wait:float, until:float|None, done:float=0): # Epochs of the course; shares of it, None: λ is never frozen; epochs that are done
+        "The first fit says when λ moves; one that ends the course earlier brings what has not come yet as much earlier"
+        soon = lambda at: max(at*total/self.total, done) if at>done else at
+        if self.wait is None: self.wait,self.until,self.total = wait*total,self.until if until is None else until*total,total
+        elif total<self.total: self.wait,self.until,self.total = soon(self.wait),soon(self.until),total
 
     def stepped(self) -> bool:
         "Was it a real step? Then it counts"

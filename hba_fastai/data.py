@@ -53,7 +53,10 @@ class HeldDL(TfmdDL):
         x,y = self.dataset.held
         return ((TensorImage(x[b]),TensorCategory(y[b])) for b in map(list, self.chunkify(samps)))
 
-def _random(tfm): return isinstance(tfm, RandTransform) and not (isinstance(tfm, Resize) and tfm.method==ResizeMethod.Squish)
+def _random(tfm) -> bool:
+    "May `tfm` do something else each time? Who knows, of one that is not fastai's"
+    if not type(tfm).__module__.startswith('fastai.'): return True
+    return isinstance(tfm, RandTransform) and not (isinstance(tfm, Resize) and tfm.method==ResizeMethod.Squish)
 
 def _can_hold(dls, limit) -> bool:
     "Are these plain loaders of at most `limit` bytes of images with one label, without item transforms that draw at random?"

@@ -121,8 +121,8 @@ class SampledDropout:
         self.old,self.plain = vars(layer).get('forward'),layer.forward
         self.ran,self.last = 0,None # in how many batches, and what was drawn for the last one
 
-    def forward(self, x):
-        drawn = self.now() if self.layer.training else None
+    def forward(self, input): # named as torch's
+        x,drawn = input,self.now() if self.layer.training else None
         if drawn is None: return self.plain(x)
         if len(x)!=len(drawn.seed): raise ValueError(f"The dropout layer `{self.name}` got a batch of {len(x)} where {len(drawn.seed)} samples have a rate: "
             "set its rate to 0 to leave it out, or let it see one row for each sample")

@@ -11,6 +11,7 @@ __all__ = ['folds_of', 'FoldedImages']
 import hashlib
 from functools import partial
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 import numpy as np
 from fastcore.basics import noop
@@ -37,15 +38,15 @@ def folds_of(
     return fold
 
 # %% ../nbs/07d0_folds.ipynb #8bdbbf17
-def _target_files(target, k) -> tuple: # (files, the folder that holds them or None, phrase)
+def _target_files(target, k, vocab) -> tuple: # (files, the folder that holds them or None, phrase)
     "The files of `target`, and whether folds can be made of them"
     if not isinstance(target, (str,Path,list,tuple,L)): raise TypeError(f"target is a {type(target).__name__}, and folds are made of "
         "single image files: give a folder with a sub-folder per class, or a list of files")
     check_target(target)
-    files,folder,what = _files(target)
+    files,folder,what = _files(target, vocab)
     n = len(files)
     if n<10: raise ValueError(f"{upper_first(what)} has {n} image{'s'[:n!=1]} and a verdict needs 10 or more: label more of them")
-    if not (isinstance(k, int) and 2<=k<=n): raise ValueError(f"k={k} is the number of folds of {n} target images: "
+    if not (isinstance(k, Integral) and 2<=k<=n): raise ValueError(f"k={k} is the number of folds of {n} target images: "
         f"it must be a whole number from 2 to {n}")
     by_content = {}
     for f in files: by_content.setdefault(hashlib.sha256(f.read_bytes()).digest(), []).append(f)
@@ -66,7 +67,7 @@ class FoldedImages:
     "Target images in folds, as loaders for any Learner like `learn`"
     def __init__(self, learn, target, k:int, seed:int):
         _check_data(learn)
-        self.files,self.folder,self.what = _target_files(target, k)
+        self.files,self.folder,self.what = _target_files(target, k, vocab_of(learn.dls))
         self.k,self.seed,self.n = k,seed,len(self.files)
         items,self.vocab = self.items(learn, range(self.n)),vocab_of(learn.dls)
         self.y = labels_of(items)

@@ -138,7 +138,7 @@ class HPM(PBT):
         if not (isinstance(lr, Real) and lr>0): raise ValueError(f"lr={lr!r} is the learning rate of the teacher: it must be above 0")
         Teacher(2, m, form) # which checks these
         self.truncates(share)
-        settings = dict(share=share, mutation=mutation, hyper_training=hyper_training, m=m, form=form, lr=lr, of=of, bound=bound)
+        settings = dict(share=share, mutation=mutation, hyper_training=hyper_training, m=int(m), form=form, lr=lr, of=of, bound=bound)
         given = dict(mutation=mutation, moves_between=hyper_training, of=of, bound=bound, sigma=sigma, warmup=warmup)
         hba = HBACallback(**{k: v for k,v in {**kwargs, **given}.items() if k in _HBA}) # which checks them
         self.moves = warmup,math.inf if hba.target is None else hba.until-1e-9 # shares of the course between which λ moves

@@ -42,8 +42,9 @@ class HyperLayer:
 
 def _initial(layer):
     "Weight and bias of `layer` as if it were made anew"
-    new = copy.deepcopy(layer).cpu()
-    new.reset_parameters()
+    new = copy.copy(layer) # its hooks may lead to the whole Learner
+    for kind in ('_parameters','_buffers'): vars(new)[kind] = copy.deepcopy(vars(layer)[kind])
+    new.cpu().reset_parameters()
     return new._parameters
 
 # %% ../nbs/03_hyper.ipynb #7da74678
@@ -117,9 +118,10 @@ def _scaled_output(self:HyperLayer, x):
 
 # %% ../nbs/03_hyper.ipynb #e24b5b7d
 @patch
-def forward(self:HyperLayer, x):
-    "The layer's output for `x`, plus the response to `z`"
-    if self.z is None: return self.plain(x)
+def forward(self:HyperLayer, input): # named as torch's
+    "The layer's output for `input`, plus the response to `z`"
+    if self.z is None: return self.plain(input)
+    x = input
     if len(self.z) not in (1,len(x)):
         raise ValueError(f"The hyper-layer `{self.name}` got a batch of {len(x)} and the augmentation was drawn for "
                          f"{len(self.z)} samples: choose a strategy whose layers come before the batch dimension changes")

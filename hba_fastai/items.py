@@ -10,6 +10,7 @@ __all__ = ['first_few', 'upper_first', 'image_files', 'fault', 'check_readable',
 
 # %% ../nbs/06ab_items.ipynb #ebfecee1
 import os,warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache,partial
 from pathlib import Path
@@ -110,7 +111,15 @@ def class_names(
         f,a,b = next(o for o in zip(files, *known) if o[1]!=o[2])
         raise ValueError(f"{f} is {a} by the labelling of `dls` and {b} by its folder: "
             "give a loader or, if the folder is right, the folder above it")
+    if folder and by_folder and known[0] is own: _warn_of_rule(files, own, folder, vocab)
     return known[0]
+
+def _warn_of_rule(files, names, folder, vocab):
+    "Warn where folders may be meant to be classes and the labelling of `dls`, which knows none of them, says something else"
+    if all(o in f.relative_to(folder).parts[:-1] for f,o in zip(files, names)): return
+    says,folders = (first_few([f'{o} ({n})' for o,n in sorted(Counter(l).items())]) for l in (names,[f.relative_to(folder).parts[0] for f in files]))
+    warnings.warn(f"The images of {folder} are labelled by the rule of `dls`, {says}, and not by its folders, {folders}: "
+        f"if these are the classes, name them as the Learner does, {first_few(vocab)}")
 
 # %% ../nbs/06ab_items.ipynb #80e58ec2
 class FileItems:

@@ -18,8 +18,9 @@ def adam_start(lam:Tensor) -> tuple:
     return torch.zeros_like(lam),torch.zeros_like(lam),lam.new_zeros(())
 
 def _pooled(v:Tensor, groups) -> Tensor:
-    "The mean within each group of `v` (H,), for each of its members; without groups `v`"
-    return torch.cat([o.mean().expand(len(o)) for o in v.split(groups)]) if groups else v
+    "The mean within each group of `v` (H,), of the members that had a gradient, for all of them; without groups `v`"
+    mean = lambda o: o.sum()/(o>0).sum().clamp(min=1) # an operation that is left out has none
+    return torch.cat([mean(o).expand(len(o)) for o in v.split(groups)]) if groups else v
 
 def adam(
     lam:Tensor,  # λ (H,)

@@ -25,9 +25,11 @@ _all_ = ['KINDS','is_kind','wrappable','weighs_a_shape','evaluating']
 # %% ../nbs/03c_layers.ipynb #303756ad
 def foldable(layer:nn.Module, x:Tensor) -> bool:
     "Does `layer` give for `x` the same when it responds to a deviation as when it is moved there?"
+    if getattr(layer, 'bias', None) is not layer._parameters.get('bias'): return False # pruned, or a buffer: nothing that can be moved
     if type(layer).__module__.startswith('torch.nn.modules') and 'forward' not in vars(layer): return True
     with torch.no_grad(),torch.random.fork_rng(devices=[]):
         h = HyperLayer(layer, 1)
+        if not h.scales and len(layer._modules): return False # a norm within it would run twice, and is linear in eval mode alone
         h.z = x.new_ones(1, 1)
         for v in h.V.values(): v.copy_(torch.linspace(0.5, 1.5, v.numel()).view_as(v)) # other numbers for other channels
         try:
@@ -54,14 +56,21 @@ class _Work(TorchDispatchMode):
         if count: self.done += count(*args, **(kwargs or {}), out_val=out)
         return out
 
+def _own(model:nn.Module) -> list:
+    "The layers whose parameters no other layer has: a tied weight would move in both, and respond in one"
+    ps = lambda m: [id(p) for p in m._parameters.values() if p is not None]
+    held = Counter(p for m in model.modules() for p in ps(m))
+    return [m for m in model.modules() if all(held[p]==1 for p in ps(m))]
+
 def executed(model:nn.Module, xb) -> list: # [`Ran`]
     "The layers that can be hyper-layers, in the order in which a forward pass of `xb` (a tuple) runs them"
     work,names,saw,begun,ended = _Work(),{m:n for n,m in model.named_modules()},{},{},{}
-    def before(m, x):
+    can = {m for m in _own(model) if wrappable(m)}
+    def before(m, args, kwargs):
         begun.setdefault(m, work.done)
-        if x and wrappable(m): saw.setdefault(m, x[0])
+        if m in can and (x := [*args,*kwargs.values()]): saw.setdefault(m, x[0])
     def after(m, x, y): ended.setdefault(m, work.done)
-    hooks = [h for m in names for h in (m.register_forward_pre_hook(before),m.register_forward_hook(after))]
+    hooks = [h for m in names for h in (m.register_forward_pre_hook(before, with_kwargs=True),m.register_forward_hook(after))]
     try:
         with evaluating(model),torch.no_grad(),work: model(*xb)
     finally:

@@ -130,7 +130,8 @@ def gaussian(cb, g:torch.Generator, sigma:float, noise:float): # Standard deviat
     "Explore as Algorithm 2 does"
     cb.lam.take(cb.lam.value + sigma*torch.randn(len(cb.lam), generator=g).to(cb.lam.value))
     with torch.no_grad():
-        for p in get_model(cb.learn.model).parameters(): p.add_(noise*p.square().mean().sqrt()*torch.randn(p.shape, generator=g).to(p))
+        for p in get_model(cb.learn.model).parameters():
+            if p.requires_grad: p.add_(noise*p.square().mean().sqrt()*torch.randn(p.shape, generator=g).to(p))
 
 def factors(cb, g:torch.Generator, by:tuple):
     "Explore as population based training does, by factors on the values"

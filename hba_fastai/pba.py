@@ -86,6 +86,7 @@ class Operations(Policy):
         if self.fill is not None: return self.fill
         if not self.is_bound and x.shape[1] in self.seen: return self.seen[x.shape[1]]
         mean = from_levels(to_levels(x), torch.float32).mean((0,2,3))
+        if not x.numel(): return mean.nan_to_num() # has no colour
         if self.is_bound: self.fill = mean
         else: self.seen[x.shape[1]] = mean
         return mean
@@ -213,7 +214,10 @@ def forward(self:PBAPolicy,
     generator:torch.Generator|None=None # Source of randomness, on the device of `x`
 ) -> Tensor: # (B,C,H,W)
     "Augment each image under its own λ"
-    policy = self.bind(Data(x.shape[1])).to(x.device) if x.shape[1]!=3 else self
+    policy = self
+    if x.shape[1]!=3:
+        policy = self.bind(Data(x.shape[1])).to(x.device)
+        policy.is_bound,policy.seen = False,self.seen # holes have the colour of the first batch, as those of RGB images do
     return policy.apply(x, policy.draw_under(lam, generator))
 
 # %% ../nbs/02a_pba.ipynb #4cf57847

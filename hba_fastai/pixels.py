@@ -23,6 +23,7 @@ OP = {o:i for i,o in enumerate(OP_NAMES)}   # the code of an operation; -1 is "n
 def to_levels(x:Tensor) -> Tensor:
     "Grey levels 0..255 (uint8) of float images in [0,1]; of levels, themselves"
     if x.dtype==torch.uint8: return x
+    if x.dtype==torch.bfloat16: x = x.float() # which has 8 bits, too few for x·255 + 1/2
     half = torch.full((), 0.5, dtype=x.dtype, device=x.device)
     return half.add(x, alpha=255).clamp_(0,255).int().to(torch.uint8) # by way of int: twice as fast
 

@@ -47,7 +47,7 @@ def move_points(
     size:tuple           # Height and width of the images in pixels
 ) -> Tensor: # Of the shape of `p`
     "Each point to where the geometric operations of its image take what is there"
-    x,y = p.reshape(len(p), -1, 2).unbind(-1) # (B,N)
+    x,y = p.reshape(len(p), p.shape[1:-1].numel(), 2).unbind(-1) # (B,N)
     for coef in rescaled(affine_coef(op, m, *size), *size, 2, 2).unbind(1):
         a,b,c,d,e,f = coef[...,None].unbind(1)  # (B,1)
         x,y = x-(a+b+c-1),y-(d+e+f-1) # from a corner to the middle of the image: what was not moved stays, bit for bit

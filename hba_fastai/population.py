@@ -204,7 +204,9 @@ def carry_out(self:Population, r:dict):
 @patch
 def run(self:Population, name:str, n_epoch:int, args:tuple, kwargs:dict):
     "Train all members by the method `name` of their Learners"
-    if not (type(n_epoch) is int and n_epoch>=1): raise ValueError(f"n_epoch={n_epoch!r} is the length of a training: it must be a whole number, 1 or more")
+    if type(n_epoch) is bool or not (isinstance(n_epoch, Integral) and n_epoch>=1):
+        raise ValueError(f"n_epoch={n_epoch!r} is the length of a training: it must be a whole number, 1 or more")
+    n_epoch = int(n_epoch) # NumPy's is no number for a file
     odd = first(k for k in ('cbs','reset_opt','start_epoch') if k in kwargs)
     if odd: raise TypeError(f"{odd} is not for a population, whose members are fits that are stopped and go on: leave it out"
         f"{', and put callbacks into the Learner of make_learner' if odd=='cbs' else ''}")

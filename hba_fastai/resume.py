@@ -7,7 +7,8 @@ Docs: https://hba-fastai.github.io/hba-fastai/resume.html.md"""
 # %% auto #0
 __all__ = ['ARGUMENTS', 'described_optimizer', 'described_fit', 'described_data', 'described', 'versions', 'provenance',
            'builtin', 'training_state', 'search_state', 'file_of', 'on_disk', 'claim', 'write', 'refuse_other_model',
-           'read', 'load_training', 'load_before', 'load_buffers', 'load_behind', 'for_next_fit', 'load_draws']
+           'read', 'load_training', 'load_before', 'opened', 'load_buffers', 'load_behind', 'for_next_fit',
+           'load_draws']
 
 # %% ../nbs/06h_resume.ipynb #a310d2d4
 from datetime import date
@@ -21,6 +22,7 @@ from .files import refuse_unwritable
 from .optimizer import rates,states
 from .record import leave_out,record,row
 from .stream import inner_dl
+from .target import target_batches
 from .transform import augmentation
 
 # %% ../nbs/06h_resume.ipynb #e5a37ac6
@@ -161,6 +163,15 @@ def load_before(hba, d:dict):
     hba.provenance = d['provenance']
     hba.searched = None # with another model than this Learner's, it may be
     hba.pauses = [*hba.provenance.get('resumed', []), f"{date.today()} behind epoch {d['epoch']}, torch {torch.__version__}"]
+
+def opened(hba, again:bool) -> bool:
+    "Before a fit: the file is this search's; `again`, a search begins, or one that was stopped: does it go on from there?"
+    hba.before = [] if again else [*hba.before, dict(settings=builtin(hba.settings), rows=hba.rows)]
+    claim(hba)
+    with target_batches(hba.learn, hba.hyper_data, 0) as stream: hba.settings = described(hba, stream)
+    hba.saved = for_next_fit(hba.saved) if not again else read(hba) if hba.resume else None
+    if again and hba.saved: load_before(hba, hba.saved)
+    return again and hba.saved is not None
 
 # %% ../nbs/06h_resume.ipynb #cf69c17a
 def load_buffers(policies, d:dict):

@@ -99,7 +99,9 @@ class HBACallback(PolicyCallback):
         "Open the fit; read the checkpoint that it goes on from"
         begun = self.clock.wait is not None and self.course.total is not None # the second fit of `fine_tune` goes on from the first
         PolicyCallback.before_fit(self)
-        if self.run: self.open(again=not begun)
+        if not self.run: return
+        try: self.open(again=not begun)
+        except BaseException: self.close(); raise # no epoch has begun, which would close it
 
     def before_train(self):
         "Attach, the first time; un-centred layers hold φ0 from here to the end of the epoch's training"
@@ -183,13 +185,7 @@ def open(self:HBACallback, again:bool):
     acting = lambda: [*map(self.spare.acting, (self.lam.value,self.lam.start))]
     gap = {'gap': lambda: self.spare.gap.item()} if self.sparing else {}
     self.undo.enter_context(shown(self.learn, columns(self.policies.space, acting, lambda: self.hyper_steps) | gap))
-    if not self.checkpoint: return
-    self.before = [] if again else [*self.before, dict(settings=resuming.builtin(self.settings), rows=self.rows)]
-    resuming.claim(self)
-    with target_batches(self.learn, self.hyper_data, 0) as stream: self.settings = resuming.described(self, stream)
-    self.saved = resuming.for_next_fit(self.saved) if not again else resuming.read(self) if self.resume else None
-    if not (again and self.saved): return
-    resuming.load_before(self, self.saved)
+    if not (self.checkpoint and resuming.opened(self, again)): return
     self.schedule = _schedules[self.learn] = self.schedule_so_far()
 
 # %% ../nbs/07_search.ipynb #95e66c04
@@ -219,7 +215,7 @@ def attach(self:HBACallback):
 @patch
 def begin(self:HBACallback, reason:str):
     "What the search begins with, or goes on from"
-    if self.clock.wait is None: self.clock.plan(self.course.total, self.warmup, None if self.target is None else self.until)
+    self.clock.plan(self.course.total, self.warmup, None if self.target is None else self.until, self.course.done)
     self.rate,self.searched = self.clock.rate(self, self.learn, self.course.total),weakref.ref(get_model(self.model))
     self.generators.setdefault('exploit', torch.Generator(self.device).manual_seed(self.base_seed)) # the same in all processes
     if self.saved: resuming.load_behind(self, self.saved)
@@ -292,7 +288,7 @@ def close(self:HBACallback, ended:bool=False):
 @patch
 def keep(self:HBACallback):
     "Note λ as it is now, where a fit was stopped within an epoch, and leave the schedule to the Learner"
-    here = min(self.learn.pct_train, 1.)*self.learn.n_epoch # `pct_train` overshoots 1 by rounding
+    here = round(min(self.learn.pct_train, 1.)*self.learn.n_epoch, 9) # `pct_train` is a sum, with its errors of rounding
     if self.course.done+here > self.points[-1][0]+1e-3: self.note(here)
     _schedules[self.learn] = self.schedule
 

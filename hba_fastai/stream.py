@@ -195,7 +195,7 @@ def stream_of(
     labels = labels_of(ds)
     order = Order(idxs, None if labels is None else labels[idxs], seed)
     bs = bs or (dl.bs if fastai else dl.batch_size)
-    if split_idx: bs = min(bs, len(order)) # no image twice in a hyper-batch
+    if split_idx: bs = min(bs, len(order)) # no image twice in one pass
     if fastai: own = own_loader(dl, split_idx=split_idx, n=len(ds), bs=bs, shuffle=False, drop_last=False, get_idxs=partial(noop, order))
     else:
         same = 'num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor'.split()

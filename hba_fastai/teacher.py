@@ -8,6 +8,7 @@ Docs: https://hba-fastai.github.io/hba-fastai/teacher.html.md"""
 __all__ = ['FORMS', 'EDGE', 'Teacher', 'mutate', 'length', 'told', 'Lessons']
 
 # %% ../nbs/03e_teacher.ipynb #9d21a68b
+from numbers import Integral
 import torch
 from torch import nn,Tensor
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class Teacher(nn.Module):
         noise:float=0.01 # Standard deviation of W at the start, at which factors are near 1
     ):
         super().__init__()
-        if not (isinstance(m, int) and m>=2): raise ValueError(f"m={m!r} is the number of patterns that a teacher tells apart: it must be 2 or more")
+        if not (isinstance(m, Integral) and m>=2): raise ValueError(f"m={m!r} is the number of patterns that a teacher tells apart: it must be 2 or more")
         if form not in FORMS: raise ValueError(f"form={form!r} is unknown: use one of {list(FORMS)}")
         g = torch.Generator().manual_seed(seed)
         self.form = form

@@ -114,6 +114,7 @@ class Trial:
         store_attr('make_learner,fit,arms,seed')
         if not isinstance(arms, dict) or not all(map(callable, arms.values())):
             raise TypeError("arms is no dictionary of functions: say for example `{'HBA': lambda target: HBACallback(target=target)}`")
+        if taken := {AS_IT_IS,FINE_TUNING} & {*arms}: raise ValueError(f"arms has '{min(taken)}', which is judged in any case: give it another name")
         self.learn,self.watch,self.seconds = None,_Watch(),[] # the Learner that sees no target image; time of each whole fit
         self.learn = self.new_learner(0)
         self.images = FoldedImages(self.learn, target, k, seed)

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastai.learner import load_learner
+from fastai.vision.core import PILImage
 from fastcore.script import CliError
+from fasttransform import Transform
 from fastcore.test import test_eq as same
 from conftest import write_images
 from PIL import Image
@@ -235,6 +237,13 @@ def test_memory_changes_no_bit_of_a_search(pngs, tmp_path, monkeypatch):
         session.search(learner_of(pngs), hba, 2, 1e-3, tmp_path/'s.json')
         tables.append(hba.schedule.table)
     same(*tables)
+
+def test_memory_does_not_hold_what_may_be_drawn(pngs):
+    class Mine(Transform):
+        def encodes(self, x:PILImage): return x
+    learn = learner_of(pngs)
+    learn.dls.train.after_item.add(Mine())
+    with in_memory(learn.dls): assert not hasattr(learn.dls.train.dataset, 'held')
 
 def test_memory_leaves_ordinary_loaders(pngs, tmp_path):
     learn,f = learner_of(pngs),pngs/'a'/'0.png'

@@ -30,6 +30,10 @@ class Progress(Callback):
     def before_batch(self):
         if self.training: self.at.append((getattr(self.learn, 'hba', None) or self.learn.schedule).progress())
 
+def test_a_class_would_be_two_searches():
+    with pytest.raises(ValueError, match=r'makes a new HBACallback in each of its two fits.*give one, `HBACallback\(...\)`'):
+        split_learner().fine_tune(2, cbs=HBACallback)
+
 def climbing(): return Schedule([0,1], PBASpace().values(torch.stack([torch.full((54,), v) for v in (-5.,5.)])))
 
 @pytest.mark.parametrize('make', [lambda: HBACallback(seed=0), lambda: ScheduleCallback(climbing(), seed=0)])

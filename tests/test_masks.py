@@ -122,6 +122,7 @@ def test_points_of_a_chain_and_of_none():
     one = move_points(move_points(p, op[:,:1], m[:,:1], size), op[:,1:], m[:,1:], size)
     assert (both-one).abs().max()<1e-6 and both.dtype==p.dtype
     assert torch.equal(move_points(p, torch.full_like(op, OP['Cutout']), m, size), p)
+    assert move_points(p[:0], op[:0], m[:0], size).shape==p[:0].shape
     assert torch.equal(move_points(p[:,0], op, m, size), both[:,0])
     assert move_points(p[:,:0], op, m, size).shape==(5,0,2)
 

@@ -15,11 +15,18 @@ from hba_fastai.all import HBACallback,Policy,PolicyCallback,Schedule,ScheduleCa
 from hba_fastai.checkpoint import CheckpointError
 from hba_fastai.data import digits
 from hba_fastai.lam import Hyperparameters
+from hba_fastai.space import Space
 
 class Identity(Policy):
     "Nothing is done to an image, so that it can be found again"
     def draw(self, v, generator): pass
     def apply(self, x, drawn, generator): return x
+
+class Still(Identity):
+    "The same, with a hyperparameter"
+    space,checked = Space(still=(0,1)),True
+    def draw(self, v, generator): return v.still
+    def dose(self, drawn): return drawn[:,None]
 
 class Watch(Callback):
     "What each training batch had: images that are the target's, wrong labels, λ"
@@ -77,6 +84,27 @@ def test_fine_tune_is_one_course():
     hba = HBACallback(target=learn.dls.valid, seed=0)
     learn.fine_tune(4, 1e-2, lr_mult=1, cbs=hba)
     assert hba.clock.wait==1.5 and hba.clock.until==3 and hba.schedule.progress[-1]==1
+
+class Early(Callback):
+    "Ends a fit behind epoch `n`, once"
+    def __init__(self, n): self.n = n
+    def after_epoch(self):
+        if self.epoch+1==self.n: self.n = None; raise CancelFitException
+
+@pytest.mark.parametrize('how', ['a shorter fit','fine_tune'])
+def test_what_ends_early_is_a_shorter_course(how):
+    "Images join as much earlier, and the schedule can be replayed"
+    learn = small_learner(n_valid=60)
+    learn.splitter = lambda m: [params(m[:4]),params(m[4:])]
+    learn.create_opt()
+    hba,watch = HBACallback(policy=Still(), target=learn.dls.valid, seed=0),Watch(learn.dls.valid)
+    if how=='fine_tune': learn.fine_tune(3, 1e-2, freeze_epochs=7, lr_mult=1, cbs=[hba, Early(2), watch])
+    else:
+        learn.fit(10, 1e-2, cbs=[hba, Early(2), watch])
+        learn.fit(3, 1e-2, cbs=[hba, watch])
+    p = hba.schedule.provenance
+    assert (p['epochs'],p['until'],p['warmup'])==(5,0.6,0.4) and [k for _,_,k,*_ in watch.seen]==[0]*30+[10]*20
+    assert ScheduleCallback(hba, policy=Still(), target=learn.dls.valid).until==0.6
 
 def test_a_schedule_is_reused_with_target_images(tmp_path):
     learn = small_learner(n_valid=60)

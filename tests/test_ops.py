@@ -4,7 +4,7 @@ from PIL import Image,ImageDraw,ImageEnhance,ImageOps
 from hba_fastai import ops
 from hba_fastai.ops import OPS,OP_NAMES,apply_ops,to_levels
 from hba_fastai.pba import PBAPolicy
-from hba_fastai.space import ENHANCERS,GEOMETRIC,TABLE7
+from hba_fastai.space import ENHANCERS,GEOMETRIC,PBASpace,TABLE7
 
 FILL = (125,122,113)
 
@@ -119,6 +119,31 @@ def test_dtype_is_kept(dtype):
     x = torch.rand(8,3,9,9).to(dtype)
     y = PBAPolicy()(x, torch.zeros(8,54))
     assert y.dtype==dtype and y.min()>=0 and y.max()<=1
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_level_that_nothing_changes_is_the_same_again(dtype):
+    x = (torch.arange(256).to(dtype)/255).view(1,1,16,16)
+    assert torch.equal(OPS['Rotate'](x, torch.zeros(1)), x)
+
+@pytest.mark.parametrize('dense', [False,True])
+def test_no_gradient_goes_through_a_table(dense):
+    x = torch.rand(1, 3, 4, 4, requires_grad=True)
+    y = apply_ops(x, torch.tensor([[OP_NAMES.index('Invert')]]), torch.zeros(1,1), torch.zeros(1,1,2), dense=dense)
+    assert not y.requires_grad and x.requires_grad
+
+def test_an_empty_batch_has_no_colour():
+    policy = PBAPolicy()
+    policy(torch.empty(0, 3, 4, 4), torch.zeros(0, 54))
+    assert policy.colour_for(torch.full((2,3,4,4), 0.8)).min()>0.79
+
+@pytest.mark.filterwarnings('ignore:Color needs RGB')
+@pytest.mark.parametrize('c', [1,2,3,4])
+def test_holes_have_the_colour_of_the_first_batch(c):
+    space = PBASpace()
+    cut = space.start({f'{o}_{k}.p': float(o=='Cutout') for o in OP_NAMES for k in (0,1)}|{f'Cutout_{k}.m': 0.2 for k in (0,1)}).expand(64,-1)
+    policy,g = PBAPolicy(),torch.Generator().manual_seed(0)
+    for level in (0.2,0.8): y = policy(torch.full((64,c,8,8), level), cut, g)
+    assert {round(v, 2) for v in y.unique().tolist()}=={0.2,0.8}
 
 def test_errors():
     x = torch.rand(2,3,8,8)

@@ -11,7 +11,7 @@ from hypothesis import given,settings,strategies as st
 from conftest import small_learner
 from hba_fastai.checkpoint import CheckpointError,load_checkpoint
 from hba_fastai.data import array_dls,digits,digits_dls
-from hba_fastai.lam import Hyperparameters
+from hba_fastai.lam import Hyperparameters,adam,adam_start
 from hba_fastai.pba import PBAPolicy
 from hba_fastai.policy import Data,Policies,Policy,check_policy
 from hba_fastai.replay import PolicyCallback,ScheduleCallback
@@ -227,6 +227,15 @@ def test_one_second_moment_per_policy():
     for o in g: shared.step(o, hba.rate)
     stuck = (shared.value-hba.start).abs()
     assert hba.lam.groups==[1,1] and moved.min()>0.5 and stuck[0]>0.5 and stuck[1]<0.05*moved[1]
+
+def test_operations_that_are_left_out_do_not_make_the_others_faster():
+    lam = torch.zeros(54)
+    moved = []
+    for n in (54,4):
+        g = torch.zeros(54)
+        g[:n] = 0.01
+        moved.append(adam(lam, g, adam_start(lam), 0.1, groups=[54])[0][:4])
+    assert torch.allclose(*moved)
 
 # 4. check_policy
 

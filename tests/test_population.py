@@ -9,9 +9,10 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.callback.tracker import EarlyStoppingCallback,ReduceLROnPlateau,SaveModelCallback
 from fastai.metrics import accuracy
-from fastai.losses import LabelSmoothingCrossEntropyFlat
+from fastai.losses import CrossEntropyLossFlat,LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import SGD
 from conftest import small_net
+from torch import nn
 from hba_fastai.data import digits_dls
 from hba_fastai.dropout import Dropout
 from hba_fastai.hpm import HPM
@@ -103,12 +104,13 @@ def test_members_see_other_orders_and_a_seed_gives_them_again():
 def test_noise_of_algorithm_2_is_relative_to_each_tensor():
     cb = SimpleNamespace(learn=learner(), lam=Hyperparameters(torch.zeros(1000)))
     cb.learn.model[0].weight.data *= 100
+    cb.learn.model[3].weight.requires_grad_(False)
     old = [p.detach().clone() for p in cb.learn.model.parameters()]
     gaussian(cb, torch.Generator().manual_seed(0), 0.5, 0.1)
     assert abs(cb.lam.value.std()-0.5)<5*0.5/2000**0.5
     for p,o in zip(cb.learn.model.parameters(), old):
         rms,n = o.square().mean().sqrt(),p.numel()
-        if rms==0: assert torch.equal(p, o) # a bias that has not begun
+        if rms==0 or not p.requires_grad: assert torch.equal(p, o) # a bias that has not begun, a layer that is frozen
         elif n>=200: assert abs((p-o).std()/rms-0.1)<5*0.1/(2*n)**0.5
 
 class PowerCut(BaseException): pass
@@ -271,9 +273,21 @@ def test_members_of_different_architecture():
     with pytest.raises(ValueError, match='Members 0 and 2 differ in shape of `8.weight`, .10, 16. and .12, 16.'):
         fit(population(make=lambda: learner(n=next(sizes))))
 
+def test_members_that_share_a_part():
+    body = nn.Conv2d(3,8,3)
+    make = lambda: Learner(DLS, nn.Sequential(body, nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10)))
+    with pytest.raises(ValueError, match='the same Parameter twice'): fit(population(make=make))
+
+def of_another(i, layer):
+    net = small_net()
+    net[i] = layer
+    return Learner(DLS, net)
+
 ODD = { # what the second member has, and what is named
     'images of validation': (lambda: Learner(digits_dls(60, 40, bs=20, size=8, seed=1), small_net()), 'validation data, 40 items with digest'),
-    'loss': (lambda: Learner(DLS, small_net(), loss_func=LabelSmoothingCrossEntropyFlat()), 'loss, CrossEntropyLossFlat and LabelSmoothingCrossEntropyFlat'),
+    'loss': (lambda: Learner(DLS, small_net(), loss_func=LabelSmoothingCrossEntropyFlat()), 'loss, CrossEntropyLossFlat.* and LabelSmoothingCrossEntropyFlat'),
+    'number of the loss': (lambda: Learner(DLS, small_net(), loss_func=CrossEntropyLossFlat(label_smoothing=0.3)), 'loss, .*=0.0.* and .*=0.3'),
+    'activation': (lambda: of_another(2, nn.Tanh()), r'layer `2`, ReLU\(\) and Tanh\(\)'),
     'optimizer': (lambda: Learner(DLS, small_net(), opt_func=SGD), 'optimizer, '),
     'weight decay': (lambda: Learner(DLS, small_net(), wd=0.3), 'weight decay, None and 0.3'),
     'batch': (lambda: Learner(digits_dls(60, 40, bs=10, size=8), small_net()), 'batch size, 20 and 10'),

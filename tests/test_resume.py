@@ -47,6 +47,25 @@ def test_resume_continues_bit_for_bit(kw, opt, tmp_path):
     for k,v in whole.model.state_dict().items(): assert torch.equal(v, other.model.state_dict()[k]), k
     assert sorted(p.name for p in (tmp_path/'models').iterdir())==['search.pth']
 
+def test_a_look_at_the_network_is_no_fit(tmp_path):
+    "fastai's `tta` fires `before_fit` as a training does: it reads no checkpoint, and the search goes on afterwards"
+    learn,hba = small_learner(path=tmp_path),HBACallback(seed=0, checkpoint='s', resume=True)
+    learn.add_cb(hba)
+    with pytest.raises(RuntimeError, match='power cut'): learn.fit(4, cbs=Stop(2))
+    for o in (learn,small_learner(seed=4, path=tmp_path, cbs=HBACallback(seed=0, checkpoint='s', resume=True))):
+        before = [p.detach().clone() for p in o.model.parameters()]
+        with o.no_bar(): o.tta(n=1)
+        assert all(map(torch.equal, before, o.model.parameters()))
+        o.fit(4)
+        assert o.hba_schedule.provenance['epochs']==4 and o.hba_schedule.progress[-1]==1
+
+def test_a_fit_that_is_refused_leaves_nothing(tmp_path):
+    learn = small_learner(path=tmp_path, cbs=HBACallback(checkpoint='s', resume=True))
+    names = [m.name for m in learn.metrics]
+    learn.fit(2)
+    with pytest.raises(CheckpointError): learn.fit(3)
+    assert [m.name for m in learn.metrics]==names and '_with_events' not in vars(learn)
+
 def test_resume_without_a_file_starts_anew_and_a_finished_fit_stays_finished(tmp_path):
     learn,hba = small_learner(path=tmp_path),HBACallback(checkpoint='s', resume=True)
     learn.fit(2, cbs=hba)

@@ -8,6 +8,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnetv2 import ResNetV2
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
+from torch.nn.utils import prune
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 from hba_fastai.hypernet import HyperNet
@@ -107,6 +108,52 @@ def test_work_counts_what_comes_after_a_layer():
 class Doubled(nn.LayerNorm):
     "A normalisation layer that does more to its weight than multiply by it"
     def forward(self, x): return nn.functional.layer_norm(x, self.normalized_shape, self.weight**2, self.bias, self.eps)
+
+class Within(nn.Conv2d):
+    "A convolution with its norm within, as detectron2's"
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+    def forward(self, x): return self.norm(super().forward(x))
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c = (nn.Conv2d(3,3,1) for _ in range(3))
+        self.b.weight = self.a.weight
+    def forward(self, x): return self.c(self.b(input=self.a(x))).mean((2,3))
+
+def pruned():
+    layer = nn.BatchNorm2d(4)
+    prune.random_unstructured(layer, 'bias', 0.5)
+    return layer
+
+def test_layers_whose_response_would_not_be_their_fold():
+    of = lambda m: [r.name for r in executed(m, (torch.rand(2,3,8,8),))]
+    assert of(nn.Sequential(Within(3,4,3), nn.Conv2d(4,4,1)))==['0.norm','1']
+    assert of(Tied())==['c']
+    assert of(nn.Sequential(nn.Conv2d(3,4,1), pruned()))==['0']
+
+def test_a_layer_is_seen_that_is_called_by_keyword():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.norm = nn.Conv2d(3,4,1),nn.BatchNorm2d(4)
+        def forward(self, x): return self.norm(input=self.conv(x)).mean((2,3))
+    net,x = Net(),torch.rand(2,3,8,8)
+    assert [r.name for r in executed(net, (x,))]==['conv','norm']
+    with HyperNet([('norm',net.norm)], 2).attached(torch.zeros(2)) as hyper:
+        hyper.respond(torch.ones(2,2))
+        assert net(x).shape==(2,4)
+
+def test_what_hangs_on_a_layer_is_not_copied():
+    conv,learner = nn.Conv2d(3,4,3),open(__file__)
+    conv.register_forward_hook(lambda *_: learner.name) # copied with the hook it could not be
+    conv.learner = learner
+    old = conv.weight.detach().clone()
+    layer, = HyperNet([('conv',conv)], 2).layers
+    assert layer.U['weight'].shape==conv.weight.shape and torch.equal(conv.weight, old) and not torch.equal(layer.U['weight'], old)
+    learner.close()
 
 def test_a_class_whose_fold_is_not_its_response_is_no_hyper_layer():
     x = torch.rand(2,3,8,8)

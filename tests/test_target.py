@@ -371,6 +371,28 @@ def test_loaders_that_do_not_fit_are_refused_in_one_sentence(root):
             with pytest.raises(ValueError, match=re.escape(match)) as e: take(dl, dls)
             assert '\n' not in str(e.value)
 
+def altered(folder, to, f):
+    "The images of `folder`, their levels changed by `f`"
+    for o in get_image_files(folder):
+        new = to/o.parent.name/o.name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(f(np.array(Image.open(o)).astype(float)).astype(np.uint8)).save(new)
+    return to
+
+@pytest.mark.parametrize('batch_tfms', [NORM,None])
+@pytest.mark.parametrize('look', [lambda x: 0.2*x+110, lambda x: 0.03*x], ids=['fog','night'])
+def test_images_that_are_pale_or_dark_pass_as_they_are(root, tmp_path, look, batch_tfms):
+    dls,field = folder(root, batch_tfms=batch_tfms),altered(root/'target', tmp_path/'field', look)
+    for target in (field,dls.test_dl(get_image_files(field), with_labels=True)): assert take(target, dls)[1]
+
+def test_folders_that_the_labelling_does_not_ask(root, tmp_path):
+    "Labels by the names of files, and folders that may be meant to be classes: the user is told which counts"
+    files = get_image_files(root/'named')
+    dls = ImageDataLoaders.from_name_func(root, files, lambda o: str(o[0] in '01234'), valid_pct=0.3, seed=1, bs=10, num_workers=0, item_tfms=Resize(12))
+    field = altered(root/'target', tmp_path/'field', lambda x: x)
+    with pytest.warns(UserWarning, match=r"labelled by the rule of `dls`, False .60., and not by its folders, 0 .*name them as the Learner does, False, True"):
+        with pytest.warns(UserWarning, match='no image of 1 of 2 classes, True'): take(field, dls)
+
 def test_images_divided_twice_and_not_normalised_training(root):
     x,y = digits(12)
     dls = folder(root, batch_tfms=None)

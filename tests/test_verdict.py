@@ -17,6 +17,20 @@ from hba_fastai.verdict import AS_IT_IS,FINE_TUNING,Verdict,hba_verdict,mcnemar,
 VOCAB = list('0123456789')
 X,Y = digits(12)
 
+def test_a_class_may_be_called_train(tmp_path):
+    names = 'car','train'
+    for i in range(24):
+        f = tmp_path/('lab' if i<12 else 'field')/names[i%2]/f'{i}.png'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(X[i].permute(1,2,0).numpy()).save(f)
+    dls = ImageDataLoaders.from_folder(tmp_path/'lab', valid_pct=0.3, seed=0, bs=4, num_workers=0, item_tfms=Resize(12))
+    assert FoldedImages(Learner(dls, small_net(n=2)), tmp_path/'field', 2, 0).n==12
+
+@pytest.mark.parametrize('name', [AS_IT_IS,FINE_TUNING])
+def test_an_arm_has_a_name_of_its_own(root, name):
+    with pytest.raises(ValueError, match=f"arms has '{name}', which is judged in any case"):
+        hba_verdict(learner, root/'target', fit=fit, arms={name: lambda target: PolicyCallback(PBAPolicy(), target=target)})
+
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     "Digits as files: training images, and 31 target images under a folder per class"
