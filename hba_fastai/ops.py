@@ -160,7 +160,7 @@ def apply_ops(
 ) -> Tensor: # (B,C,H,W), of the dtype of `x`
     "Apply to each image its own operations"
     fill = to_levels(torch.as_tensor(fill, dtype=torch.float32, device=x.device).expand(x.shape[1]))
-    x = x.detach() # a table of levels has no gradient
+    if x.requires_grad: x = x.detach() # a table of levels has no gradient
     if dense is None: dense = x.device.type!='cpu'
     if not (dense or inplace): x = x.clone()
     with torch.inference_mode(): # nothing here needs a gradient, and every call is cheaper without the record
