@@ -2,8 +2,8 @@
 
     python benchmarks/programs.py --seeds 0 1 2 3 4 5   # runs what is missing, then writes results/programs.md
 
-The digits, shifts and networks of payoff.py after 300 steps, with 100 target images. For each seed of the data there are two of the weights, `seed` and `seed+1000`:
-most arms of payoff.py have the first where the package trains, and the second where the loop does.
+The digits, shifts and networks of payoff.py after 300 steps, with 100 target images. For each seed of the data there are two of the weights, `seed` and
+`seed+1000`: most arms of payoff.py have the first where the package trains, and the second where the loop does.
 results/programs.jsonl: seed, weights, shift, and the error in percent of `loop` and `package`.
 """
 import argparse,json
@@ -38,7 +38,8 @@ def table():
     same,seeds = [a-b for a,b in of.values()],sorted({s for s,_ in cells})
     other = [of[s,s+1000][0]-of[s,s][1] for s in seeds]
     weights = [of[s,s+1000][1]-of[s,s][1] for s in seeds]
-    out += ['',f'Loop less package, the same weights: {pm(same, "+")}. Loop with the other weights less package, as `payoff.py` compares: {pm(other, "+")}; the first three, '
+    out += ['',f'Loop less package, the same weights: {pm(same, "+")}. '
+            f'Loop with the other weights less package, as `payoff.py` compares: {pm(other, "+")}; the first three, '
             f'which it has at 300 steps: {pm(other[:3], "+")}. Package with the other weights less package: {pm(weights, "+")}.','']
     return '\n'.join(out+made_by([l['environment'] for l in lines() if 'environment' in l]))
 
