@@ -8,6 +8,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback,ReduceLROnPlateau,SaveModelCallback
 from fastai.optimizer import OptimWrapper,SGD
+from fastai.vision.all import ImageDataLoaders,Resize
 from functools import partial
 from hypothesis import HealthCheck,given,settings,strategies as st
 from jsonschema import Draft202012Validator,ValidationError
@@ -47,12 +48,13 @@ def test_resume_continues_bit_for_bit(kw, opt, tmp_path):
     for k,v in whole.model.state_dict().items(): assert torch.equal(v, other.model.state_dict()[k]), k
     assert sorted(p.name for p in (tmp_path/'models').iterdir())==['search.pth']
 
-def test_a_look_at_the_network_is_no_fit(tmp_path):
+def test_a_look_at_the_network_is_no_fit(pngs, tmp_path):
     "fastai's `tta` fires `before_fit` as a training does: it reads no checkpoint, and the search goes on afterwards"
-    learn,hba = small_learner(path=tmp_path),HBACallback(seed=0, checkpoint='s', resume=True)
-    learn.add_cb(hba)
+    dls = ImageDataLoaders.from_folder(pngs, valid_pct=0.3, seed=0, bs=4, num_workers=0, item_tfms=Resize(12))
+    new = lambda seed: small_learner(seed, dls, small_net(n=2), path=tmp_path, cbs=HBACallback(seed=0, checkpoint='s', resume=True))
+    learn = new(0)
     with pytest.raises(RuntimeError, match='power cut'): learn.fit(4, cbs=Stop(2))
-    for o in (learn,small_learner(seed=4, path=tmp_path, cbs=HBACallback(seed=0, checkpoint='s', resume=True))):
+    for o in (learn,new(4)):
         before = [p.detach().clone() for p in o.model.parameters()]
         with o.no_bar(): o.tta(n=1)
         assert all(map(torch.equal, before, o.model.parameters()))
@@ -60,9 +62,9 @@ def test_a_look_at_the_network_is_no_fit(tmp_path):
         assert o.hba_schedule.provenance['epochs']==4 and o.hba_schedule.progress[-1]==1
 
 def test_a_fit_that_is_refused_leaves_nothing(tmp_path):
-    learn = small_learner(path=tmp_path, cbs=HBACallback(checkpoint='s', resume=True))
+    first,learn = (small_learner(path=tmp_path, cbs=HBACallback(checkpoint='s', resume=True)) for _ in range(2))
     names = [m.name for m in learn.metrics]
-    learn.fit(2)
+    first.fit(2)
     with pytest.raises(CheckpointError): learn.fit(3)
     assert [m.name for m in learn.metrics]==names and '_with_events' not in vars(learn)
 
