@@ -122,7 +122,7 @@ def warn_of_rates(learn, layers:list): # [(name, layer)]
     if not total.max(): return # nothing learns
     own = min(i for i,g in enumerate(groups) if any(p is q for _,m in layers for p in g for q in m.parameters(False)))
     last = len(groups)-1
-    ratio = tuning['lr_mult']**((own-last)/max(last, 1)) if tuning else total[own]/max(total.max(), 1e-30) # `fine_tune` spaces its rates evenly
+    ratio = tuning['lr_mult']**((own-last)/max(last, 1)) if tuning else total[own]/total.max() # `fine_tune` spaces its rates evenly
     if ratio>=0.5: return
     line = "`fine_tune(..., lr_mult=1)`" if tuning else "one learning rate for all layers instead of a slice"
     warnings.warn(f"The first layers learn at {ratio:.2g} of the head's rate, too slowly to follow target images that look different: use {line}")

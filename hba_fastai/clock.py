@@ -41,7 +41,9 @@ class Clock:
     def plan(self, total:float, wait:float, until:float|None, done:float=0): # Epochs of the course; shares of it, None: λ is never frozen; epochs that are done
         "The first fit says when λ moves; one that ends the course earlier brings what has not come yet as much earlier"
         soon = lambda at: max(at*total/self.total, done) if at>done else at
-        if self.wait is None: self.wait,self.until,self.total = wait*total,self.until if until is None else until*total,total
+        if self.wait is None:
+            self.wait,self.total = wait*total,total
+            if until is not None: self.until = until*total
         elif total<self.total: self.wait,self.until,self.total = soon(self.wait),soon(self.until),total
 
     def stepped(self) -> bool:
