@@ -226,7 +226,7 @@ def test_one_second_moment_per_policy():
     shared = Hyperparameters(hba.start, groups=[2])
     for o in g: shared.step(o, hba.rate)
     stuck = (shared.value-hba.start).abs()
-    assert hba.lam.groups==[1,1] and moved.min()>0.5 and stuck[0]>0.5 and stuck[1]<0.1*moved[1]
+    assert hba.lam.groups==[1,1] and moved.min()>0.5 and stuck[0]>0.5 and stuck[1]<2*small/large*moved[1] # √2: the mean of two
 
 def test_operations_that_are_left_out_do_not_make_the_others_faster():
     lam = torch.zeros(54)
